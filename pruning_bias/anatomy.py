@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PACKAGED_SHA256', 'LAYERS', 'Layer', 'Anatomy', 'anatomy', 'packaged_folder', 'tiny_encoder', 'Encoder',
-           'load_encoder', 'select_layers']
+           'resolve_device', 'load_encoder', 'select_layers']
 
 # %% ../nbs/03_anatomy.ipynb #d4a81699
 import importlib.util
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .settings import file_sha256
 
@@ -155,6 +156,17 @@ class Encoder:
     source: str  # where the name resolved to
 
 
+def resolve_device(
+    name: str,  # auto, cpu, cuda or cuda:N
+) -> str:
+    """`auto` is the GPU where there is one; ValueError for a GPU that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no GPU; use 'auto' or 'cpu'")
+    return name
+
+
 def load_encoder(
     name: str,  # a folder, `packaged`, `tiny`, or a name on the hub
     device: str = "cpu",
@@ -168,6 +180,8 @@ def load_encoder(
     else:
         model, place = None, name
         source = f"local folder {name}" if Path(name).is_dir() else f"hub model {name}"
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a second of loading needs none, and notebooks keep it
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         if model is None:
@@ -177,6 +191,9 @@ def load_encoder(
             f"no encoder {name!r}: neither `packaged`, `tiny`, a local folder with safetensors "
             f"weights, nor a model that the hub gave ({str(error).splitlines()[0]})"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     anatomy(model)  # an unknown family is refused here, before anything is computed with it
     return Encoder(model.to(device).eval().requires_grad_(False), tokenizer, source)
 

@@ -116,7 +116,9 @@ def have_official() -> bool:
 def official_tests() -> list[AssociationTest]:
     """SEAT-6 to 8 with names and with terms, from the data folder or fetched."""
     return [
-        read_test(f"SEAT-{n}", read_sets(fetch(f"seat/sent-weat{n}.jsonl", SEAT_ADDRESS.format(n), sha)))
+        read_test(
+            f"SEAT-{n}", read_sets(fetch(f"seat/sent-weat{n}.jsonl", SEAT_ADDRESS.format(n), sha))
+        )
         for n, sha in SEAT_SHA256.items()
     ]
 
@@ -133,7 +135,11 @@ def choose_tests(
     benchmarks: str,  # builtin, official or both
 ) -> list[AssociationTest]:
     """The tests of a run."""
-    chosen = {"builtin": (builtin_tests,), "official": (official_tests,), "both": (builtin_tests, official_tests)}
+    chosen = {
+        "builtin": (builtin_tests,),
+        "official": (official_tests,),
+        "both": (builtin_tests, official_tests),
+    }
     if benchmarks not in chosen:
         raise ValueError(f"benchmarks is {benchmarks!r}; expected one of {', '.join(chosen)}")
     return [test for make in chosen[benchmarks] for test in make()]
@@ -170,7 +176,9 @@ def seat(
     found = embed(model, tokenizer, [s for t in tests for s in (*t.x, *t.y, *t.a, *t.b)])
     rows = []
     for test in tests:
-        x, y, a, b = (torch.stack([found[s] for s in part]) for part in (test.x, test.y, test.a, test.b))
+        x, y, a, b = (
+            torch.stack([found[s] for s in part]) for part in (test.x, test.y, test.a, test.b)
+        )
         s_x, s_y = association(x, a, b).numpy(), association(y, a, b).numpy()
         p = p_value(s_x, s_y, draws, seed)
         rows.append({"test": test.name, "effect_size": effect_size(x, y, a, b), "p_value": p})

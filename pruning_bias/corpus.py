@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'GPT2', 'WORD', 'NEWS_COMMENTARY', 'Lexicon', 'read_lexicon', 'Sentence', 'find_sentence', 'lines',
-           'Batch', 'Encoded', 'encode', 'batches']
+           'Batch', 'Encoded', 'encode', 'batches', 'in_order']
 
-# %% ../nbs/07_corpus.ipynb #168f15c6
+# %% ../nbs/07_corpus.ipynb #8ddeb77e
 import gzip
 import re
 from collections import Counter
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .settings import fetch
+from .settings import data_folder, fetch, find_data
 
-# %% ../nbs/07_corpus.ipynb #4580397e
+# %% ../nbs/07_corpus.ipynb #612584e2
 Kind = Literal["male", "female", "target"]
 KINDS: tuple[Kind, ...] = ("male", "female", "target")
 
@@ -64,11 +64,13 @@ def read_lexicon(
     for kind, name in (("male", "male"), ("female", "female"), ("target", "stereotype")):
         path = Path(folder) / f"{name}.txt"
         if not path.is_file():
-            raise ValueError(f"no word list {path}; a lexicon folder holds male, female and stereotype.txt")
+            raise ValueError(
+                f"no word list {path}; a lexicon folder holds male, female and stereotype.txt"
+            )
         lists[kind] = frozenset(word for line in lines(path) if (word := line.strip()))
     return Lexicon(**lists)
 
-# %% ../nbs/07_corpus.ipynb #8d132ef3
+# %% ../nbs/07_corpus.ipynb #c4781ee4
 class Sentence(NamedTuple):
     """A line, its class, and the words that put it there."""
 
@@ -78,9 +80,7 @@ class Sentence(NamedTuple):
     spans: tuple[tuple[int, int], ...]  # where they stand, in characters of text
 
 
-GPT2 = regex.compile(
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*['’.]?")
 
 
@@ -119,7 +119,7 @@ def find_sentence(
     spans = tuple(span for word, span in found if word in words)
     return Sentence(text, kind, tuple(sorted(words)), spans)
 
-# %% ../nbs/07_corpus.ipynb #b9e62bf1
+# %% ../nbs/07_corpus.ipynb #042701e4
 NEWS_COMMENTARY = (
     "https://data.statmt.org/news-commentary/v15/training-monolingual/news-commentary-v15.en.gz"
 )
@@ -134,8 +134,13 @@ def lines(
     path = Path(corpus)
     if path.is_file():
         yield from _file_lines(path)
+    elif found := find_data(str(corpus)):
+        yield from _file_lines(found)
     elif path.suffix in (".txt", ".gz") or path.is_dir() or not str(corpus).strip():
-        raise ValueError(f"no corpus at {str(corpus)!r}: expected a text file, plain or gzip")
+        raise ValueError(
+            f"no corpus at {str(corpus)!r}, nor in the data folder {data_folder()}: "
+            "expected a text file, plain or gzip"
+        )
     else:
         yield from _hub_lines(str(corpus))
 
@@ -146,10 +151,14 @@ def _file_lines(path: Path) -> Iterator[str]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 if b"\0" in raw:
-                    raise ValueError(f"{path}, line {number}: a zero byte; expected text, this is a binary file")
+                    raise ValueError(
+                        f"{path}, line {number}: a zero byte; expected text, this is a binary file"
+                    )
                 yield raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number + 1}: not UTF-8 ({error.reason}); convert it first") from error
+        raise ValueError(
+            f"{path}, line {number + 1}: not UTF-8 ({error.reason}); convert it first"
+        ) from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}, after line {number}: not a whole gzip file ({error})") from error
     if number == 0:
@@ -166,10 +175,11 @@ def _hub_lines(name: str) -> Iterator[str]:
             yield row[column or "text"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"no corpus {name!r}: neither a file nor a data set on the hub ({str(error).splitlines()[0]})"
+            f"no corpus {name!r}: neither a file nor a data set on the hub "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
-# %% ../nbs/07_corpus.ipynb #a0e8af8b
+# %% ../nbs/07_corpus.ipynb #469f8568
 class Batch(NamedTuple):
     """B sentences, padded to the longest."""
 
@@ -222,12 +232,14 @@ class Encoded:
             attention[row, : b - a] = 1
         return Batch(*(torch.from_numpy(x) for x in (ids, attention, words, index)))
 
-# %% ../nbs/07_corpus.ipynb #9b6ee7cc
+# %% ../nbs/07_corpus.ipynb #008af60e
 def _span_weights(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) -> list[int]:
     return [int(a < b and any(a < end and b > start for start, end in spans)) for a, b in offsets]
 
 
-def _piece_weights(words: tuple[str, ...], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _piece_weights(
+    words: tuple[str, ...], ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     pieces = Counter(tokenizer(" ".join(words), add_special_tokens=False)["input_ids"])
     return [pieces[i] for i in ids]
 
@@ -244,7 +256,10 @@ def encode(
     ids, words, kinds, offsets, stream = [], [], [], [0], iter(sentences)
     while some := list(islice(stream, chunk)):
         coded = tokenizer(
-            [s.text for s in some], truncation=True, max_length=max_length, return_offsets_mapping=True
+            [s.text for s in some],
+            truncation=True,
+            max_length=max_length,
+            return_offsets_mapping=True,
         )
         for s, row, places in zip(some, coded["input_ids"], coded["offset_mapping"], strict=True):
             weights = (
@@ -259,10 +274,15 @@ def encode(
                 offsets.append(offsets[-1] + len(row))
     if not ids:
         raise ValueError("no sentence is left to encode: none holds a word of its class")
-    flat = (np.concatenate(ids), np.concatenate(words), np.array(offsets), np.array(kinds, np.uint8))
+    flat = (
+        np.concatenate(ids),
+        np.concatenate(words),
+        np.array(offsets),
+        np.array(kinds, np.uint8),
+    )
     return Encoded(*flat, tokenizer.pad_token_id)
 
-# %% ../nbs/07_corpus.ipynb #34b336d7
+# %% ../nbs/07_corpus.ipynb #849dce54
 def batches(
     encoded: Encoded,
     among: np.ndarray,  # [n] sentences to draw from
@@ -283,3 +303,15 @@ def batches(
             cut += [near[i : i + size] for i in range(0, len(near), size) if len(near) >= i + size]
         for i in torch.randperm(len(cut), generator=generator).tolist():
             yield encoded.batch(cut[i], pad_to)
+
+# %% ../nbs/07_corpus.ipynb #bc0c3f3a
+def in_order(
+    encoded: Encoded,
+    among: np.ndarray,  # [n] sentences
+    size: int = 64,  # most sentences per batch
+    pad_to: int = 0,
+) -> Iterator[Batch]:
+    """Every sentence once, in order of length: for measuring, where order does not matter."""
+    near = among[np.argsort(encoded.lengths[among], kind="stable")]
+    for start in range(0, len(near), size):
+        yield encoded.batch(near[start : start + size], pad_to)

@@ -41,7 +41,7 @@ def openness(
     scores: Tensor,  # any shape
     norm: Literal["l1", "l0"] = "l1",
 ) -> Tensor:  # scalar in [0, 1]
-    """Mean over the groups of sigmoid(S), or of the probability that a hard-concrete gate is open."""
+    """Mean of sigmoid(S), or of the probability that a hard-concrete gate is open."""
     if norm not in ("l1", "l0"):
         raise ValueError(f"norm is {norm!r}; expected 'l1' or 'l0'")
     return torch.sigmoid(scores if norm == "l1" else scores - L0_SHIFT).mean()

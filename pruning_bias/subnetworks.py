@@ -7,7 +7,7 @@ __all__ = ['Plan', 'Site', 'head_plan', 'head_output_plan', 'block_plan', 'ffn_p
            'Shifted', 'GatedLinear', 'Subnetwork', 'attach_', 'subnetworks', 'active', 'fold', 'weights_sha256', 'save',
            'load', 'random_like']
 
-# %% ../nbs/04_subnetworks.ipynb #5b796127
+# %% ../nbs/04_subnetworks.ipynb #9c480650
 import copy
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .anatomy import Anatomy, anatomy
 from .gates import FixedGate, Gate
 from .grids import Grid
 
-# %% ../nbs/04_subnetworks.ipynb #beebb68d
+# %% ../nbs/04_subnetworks.ipynb #829a744d
 class Site(NamedTuple):
     """One place where a gate acts."""
 
@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
 Plan = dict[str, tuple[Site, ...]]  # gate name -> where it acts; plans compose with |
 
-# %% ../nbs/04_subnetworks.ipynb #fe8ea2fc
+# %% ../nbs/04_subnetworks.ipynb #64420dab
 def _layers(found: Anatomy, layers: tuple[int, ...] | None) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(len(found.layers)))
@@ -81,7 +81,7 @@ def head_output_plan(
         for i in _layers(found, layers)
     }
 
-# %% ../nbs/04_subnetworks.ipynb #647252b0
+# %% ../nbs/04_subnetworks.ipynb #669d9196
 def block_plan(
     model: PreTrainedModel,
     block: int,  # side of the square blocks; must divide the hidden size
@@ -100,7 +100,7 @@ def ffn_plan(
     model: PreTrainedModel,
     layers: tuple[int, ...] | None = None,
 ) -> Plan:  # gates of [units, 1], one per layer
-    """Gate the units of the feed-forward layer: a row of the first matrix tied to a column of the second."""
+    """Gate feed-forward units: a row of the first matrix tied to a column of the second."""
     found = anatomy(model)
     plan: Plan = {}
     for i in _layers(found, layers):
@@ -140,7 +140,7 @@ def weight_plan(
         for part, name in found.layers[i]._asdict().items()
     }
 
-# %% ../nbs/04_subnetworks.ipynb #6af6c2a9
+# %% ../nbs/04_subnetworks.ipynb #93b08c28
 def _spread(groups: Tensor, size: int) -> Tensor:
     return groups[:, None].expand(-1, size).reshape(-1)
 
@@ -151,7 +151,8 @@ class Masked:
     def __init__(self, linear: nn.Linear, site: Site, gate: Gate, owner: "Subnetwork") -> None:
         self.site, self.gate, self.owner = site, gate, owner
         R, C = site.grid.shape(linear.weight)
-        self.acts_on = "weight" if owner.in_weights else "rows" if C == 1 else "columns" if R == 1 else "weight"
+        whole = "rows" if C == 1 else "columns" if R == 1 else "weight"
+        self.acts_on = "weight" if owner.in_weights else whole
         self.shape = (C, R) if site.transposed else (R, C)
         if site.bias == "gated" and C != 1:
             raise ValueError(f"{site.linear}: a bias can be gated only where groups are whole rows")
@@ -196,7 +197,7 @@ class Masked:
         h = self.h(z)
         return torch.addcmul((h - rows) * bias, y, rows.to(y.dtype)), bias * h
 
-# %% ../nbs/04_subnetworks.ipynb #13f74c8e
+# %% ../nbs/04_subnetworks.ipynb #aee84e02
 class Shifted:
     """w + z * delta at one site; `delta` is trained, the weight is not."""
 
@@ -222,9 +223,9 @@ class Shifted:
         """Nothing comes after it."""
         return y, bias
 
-# %% ../nbs/04_subnetworks.ipynb #a2bbaec1
+# %% ../nbs/04_subnetworks.ipynb #fd0b0a26
 class GatedLinear(nn.Linear):
-    """An nn.Linear that lets the edits of the active subnetworks act; same parameters, same names."""
+    """An nn.Linear that lets the active subnetworks act; same parameters, same names."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -250,7 +251,7 @@ class GatedLinear(nn.Linear):
             weight, bias = edit.fold(weight, bias)
         return weight, bias
 
-# %% ../nbs/04_subnetworks.ipynb #606bd163
+# %% ../nbs/04_subnetworks.ipynb #0d8e69eb
 class Subnetwork(nn.Module):
     """Named gates on one model, switched on and off together."""
 
@@ -280,9 +281,16 @@ class Subnetwork(nn.Module):
         """Which groups are open, bool [R, C] per gate, on the CPU."""
         return {name: gate.keep().cpu() for name, gate in self.gates.items()}
 
-    def penalty(self) -> dict[str, Tensor]:
-        """Openness per gate, scalars on the device."""
-        return {name: gate.penalty() for name, gate in self.gates.items()}
+    def penalty(self) -> Tensor:
+        """Openness, a scalar in [0, 1]: the mean over gates, attention and FFN counting alike."""
+        groups: dict[bool, list[Tensor]] = {}
+        for name, gate in self.gates.items():
+            groups.setdefault(name.endswith("/ffn"), []).append(gate.penalty())
+        return torch.stack([torch.stack(each).mean() for each in groups.values()]).mean()
+
+    def openness(self) -> Tensor:
+        """Share of groups that are open, scalar on the device."""
+        return torch.cat([gate.keep().flatten() for gate in self.gates.values()]).float().mean()
 
     def set_threshold_(self, threshold: float) -> None:
         """Give every gate that has a threshold this one."""
@@ -291,7 +299,7 @@ class Subnetwork(nn.Module):
                 gate.threshold = threshold
 
     def detach_(self) -> PreTrainedModel:
-        """Take the gates off; the model is an ordinary one again if no other subnetwork is on it."""
+        """Take the gates off; with no other subnetwork left the model is an ordinary one."""
         for name in {site.linear for sites in self.plan.values() for site in sites}:
             linear = self.model.get_submodule(name)
             linear.edits = [edit for edit in linear.edits if edit.owner is not self]
@@ -301,7 +309,7 @@ class Subnetwork(nn.Module):
             self.model.__dict__.pop("save_pretrained", None)
         return self.model
 
-# %% ../nbs/04_subnetworks.ipynb #211d0595
+# %% ../nbs/04_subnetworks.ipynb #93465f52
 def _plain(linear: nn.Linear) -> nn.Linear:
     plain = nn.Linear(1, 1, device="meta")
     plain.in_features, plain.out_features = linear.in_features, linear.out_features
@@ -355,7 +363,7 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
         raise ValueError(f"{type(model).__name__} has no linear map called {name!r}")
     return linear
 
-# %% ../nbs/04_subnetworks.ipynb #fe50a733
+# %% ../nbs/04_subnetworks.ipynb #9e88b212
 def subnetworks(model: PreTrainedModel) -> list[Subnetwork]:
     """Every subnetwork attached to a model, in the order of attaching."""
     owners = (e.owner for m in model.modules() if isinstance(m, GatedLinear) for e in m.edits)
@@ -377,7 +385,7 @@ def active(
         for s, on in before:
             s.on = on
 
-# %% ../nbs/04_subnetworks.ipynb #7f87822f
+# %% ../nbs/04_subnetworks.ipynb #cd4ba52d
 @torch.no_grad()
 def fold(
     model: PreTrainedModel,  # gated; left as it is
@@ -396,7 +404,7 @@ def fold(
     fresh.load_state_dict(state)
     return fresh.train(model.training).requires_grad_(False)
 
-# %% ../nbs/04_subnetworks.ipynb #aaebcc81
+# %% ../nbs/04_subnetworks.ipynb #e6e72efd
 def weights_sha256(
     model: PreTrainedModel,
 ) -> str:  # hexadecimal
@@ -440,7 +448,7 @@ def save(
 def _site_json(site: Site) -> list[Any]:
     return [site.linear, site.grid.rows, site.grid.cols, site.bias, site.transposed]
 
-# %% ../nbs/04_subnetworks.ipynb #0c3db107
+# %% ../nbs/04_subnetworks.ipynb #d7a4e2fa
 def load(
     path: str | Path,  # written by `save`
     model: PreTrainedModel,  # the base it was made for
@@ -448,13 +456,14 @@ def load(
     """Attach a saved subnetwork; ValueError if it was made for other weights."""
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
-        keep = {k.removesuffix(".keep"): file.get_tensor(k) for k in file.keys() if k.endswith(".keep")}  # noqa: SIM118
+        names = [name for name in file.keys() if name.endswith(".keep")]  # noqa: SIM118
+        keep = {name.removesuffix(".keep"): file.get_tensor(name) for name in names}
     if missing := {"plan", "base", "base_sha256"} - about.keys():
         raise ValueError(f"{path} is no saved subnetwork: it lacks {', '.join(sorted(missing))}")
     if (came := weights_sha256(model)) != about["base_sha256"]:
         raise ValueError(
-            f"{path} was made for {about['base'] or 'a model'} with weights {about['base_sha256'][:12]}, "
-            f"this model's are {came[:12]}: load that one"
+            f"{path} was made for {about['base'] or 'a model'} with weights "
+            f"{about['base_sha256'][:12]}, this model's are {came[:12]}: load that one"
         )
     plan = {
         name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
@@ -462,7 +471,7 @@ def load(
     }
     return attach_(model, plan, lambda name, shape: FixedGate(keep[name]))
 
-# %% ../nbs/04_subnetworks.ipynb #f79a6b77
+# %% ../nbs/04_subnetworks.ipynb #5f88ef1e
 def random_like(
     keep: dict[str, Tensor],  # bool [R, C] per gate
     generator: torch.Generator,
@@ -474,5 +483,5 @@ def random_like(
         pooled = torch.cat([keep[name].flatten() for name in names])
         shuffled = pooled[torch.randperm(len(pooled), generator=generator)]
         pieces = shuffled.split([keep[name].numel() for name in names])
-        drawn |= {name: piece.view_as(keep[name]) for name, piece in zip(names, pieces, strict=True)}
+        drawn |= {n: piece.view_as(keep[n]) for n, piece in zip(names, pieces, strict=True)}
     return drawn

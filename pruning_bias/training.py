@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['cubic', 'linear', 'set_rate_', 'fold_epsilon_', 'fit']
 
-# %% ../nbs/11_training.ipynb #9bc49028
+# %% ../nbs/11_training.ipynb #57fdff29
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .settings import report_progress
 
-# %% ../nbs/11_training.ipynb #d4bcb872
+# %% ../nbs/11_training.ipynb #fb00902b
 def cubic(
     step: int,  # counted from 0
     total: int,  # T, steps of the run
@@ -46,7 +46,7 @@ def linear(
         return step / warmup
     return max(0.0, (total - step) / max(1, total - warmup))
 
-# %% ../nbs/11_training.ipynb #207638a8
+# %% ../nbs/11_training.ipynb #7597886c
 def set_rate_(
     optimizer: Optimizer,
     rate: float,  # the learning rate of this step
@@ -65,24 +65,24 @@ def fold_epsilon_(
     for group in optimizer.param_groups:
         group["eps"] = epsilon / math.sqrt(1 - group["betas"][1] ** (step + 1))
 
-# %% ../nbs/11_training.ipynb #c7c21b88
+# %% ../nbs/11_training.ipynb #a9c0a266
 def fit(
     batches: Iterator[Any],  # what `loss_fn` takes
     loss_fn: Callable[[Any], dict[str, Tensor]],  # scalars on the device, 'loss' among them
     optimizer: Optimizer,
     *,
     steps: int,
-    before_step: Callable[[int], dict[str, float] | None] = lambda step: None,  # may return values to log
+    before_step: Callable[[int], dict | None] | None = None,  # may return values to log
     every: int = 10,  # steps between rows
     autocast: torch.dtype | None = None,  # bfloat16 where it pays; None is float32
     device: str = "cpu",
-) -> list[dict[str, float]]:  # rows: step, the logged values, the losses
+) -> list[dict[str, float]]:  # rows: steps done, logged values, mean losses
     """Take `steps` steps; FloatingPointError at the first loss that is not finite."""
     rows: list[dict[str, float]] = []
     waiting: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
     kind = torch.device(device).type
     for step in tqdm(range(steps), disable=None, leave=False):
-        logged = before_step(step) or {}
+        logged = (before_step(step) if before_step else None) or {}
         mixed = torch.autocast(kind, autocast) if autocast else nullcontext()
         with mixed:
             losses = loss_fn(next(batches))
@@ -91,22 +91,20 @@ def fit(
         optimizer.step()
         waiting.append((step, logged, {k: v.detach() for k, v in losses.items()}))
         if len(waiting) == every or step == steps - 1:
-            rows += _read(waiting, every)
+            rows.append(_row(waiting))
             waiting = []
             report_progress(step + 1, steps)
     return rows
 
 
-def _read(
-    waiting: list[tuple[int, dict[str, float], dict[str, Tensor]]], every: int
-) -> Iterable[dict[str, float]]:
+def _row(waiting: list[tuple[int, dict[str, float], dict[str, Tensor]]]) -> dict[str, float]:
     names = list(waiting[0][2])
-    values = torch.stack([torch.stack([w[2][n].float() for n in names]) for w in waiting]).tolist()
-    for (step, _, _), row in zip(waiting, values, strict=True):
-        for name, value in zip(names, row, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"step {step}: {name} is {value}; lower the learning rate, or look at the data"
-                )
-    (step, logged, _), row = waiting[-1], values[-1]
-    yield {"step": step, **logged, **dict(zip(names, row, strict=True))}
+    values = torch.stack([torch.stack([w[2][n].float() for n in names]) for w in waiting]).cpu()
+    if not values.isfinite().all():
+        first, which = (~values.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"step {waiting[first][0]}: {names[which]} is {values[first, which]:g}; "
+            "lower the learning rate, or look at the data"
+        )
+    step, logged, _ = waiting[-1]
+    return {"step": step + 1, **logged, **dict(zip(names, values.mean(0).tolist(), strict=True))}
