@@ -19,7 +19,8 @@ reproduce: .venv/offline.done
 	@$(BIN)/python -m pruning_bias.reproduce $(PAPER) $(PROFILE)
 
 test: .venv/dev.done
-	@$(BIN)/python tests/run.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 docs: .venv/dev.done
 	@$(BIN)/python docs/build.py

@@ -6,8 +6,10 @@ import html
 import inspect
 import io
 import re
+import sys
 import textwrap
 import tokenize
+from typing import get_origin
 from xml.etree.ElementTree import tostring
 
 from docutils import nodes
@@ -15,6 +17,7 @@ from docutils.utils import new_document
 from latex2mathml.converter import convert_to_element
 from myst_parser.mocking import MockRSTParser
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import stringify_annotation
 
 project = "pruning_bias"
 html_title = project
@@ -22,7 +25,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_static_path = html_css_files = ["site.css"]
 html_math_renderer = "mathml"
+viewcode_follow_imported_members = False
 html_show_copyright = html_copy_source = html_show_sourcelink = False
+html_show_search_summary = False  # it would fetch pages, which a browser refuses for local files
+smartquotes_action = "D"
 default_role = "py:obj"  # a name in backticks links to its API page, if it has one
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -86,10 +92,17 @@ def add_fields(app, what, name, obj, options, lines):
 
 
 def tidy(app, what, name, obj, options, signature, returns):
-    """No limits of pydantic in a signature, and none for a protocol."""
+    """A signature with types by their short names: aliases as written, no limits of pydantic."""
     if getattr(obj, "_is_protocol", False):
         return "", returns
-    return re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", signature or "") or None, returns
+    names = vars(sys.modules.get(getattr(obj, "__module__", None), sys))
+    aliases = {stringify_annotation(v, "smart"): k for k, v in names.items() if get_origin(v)}
+    both = [signature or "", returns or ""]
+    for i, text in enumerate(both):
+        for alias in sorted(aliases, key=len, reverse=True):
+            text = text.replace(alias, aliases[alias])
+        both[i] = re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", text) or None
+    return tuple(both)
 
 
 def skip(app, what, name, obj, skip, options):
@@ -112,7 +125,7 @@ class Signature(SphinxDirective):
 
 
 def mathml(tex, display):
-    """TeX -> MathML; lines in place of braces and bars that only fonts of mathematics can stretch."""
+    """TeX -> MathML, with lines where only a font of mathematics could stretch a brace."""
     root = convert_to_element(tex, display=display)
     for node in root.iter():
         node.text = html.unescape(node.text or "")

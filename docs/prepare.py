@@ -1,6 +1,6 @@
-"""Notebooks -> pages for Sphinx: `python docs/prepare.py FOLDER` writes FOLDER anew.
+"""Notebooks -> pages for Sphinx.
 
-Every notebook under nbs/ becomes a page; where results/reference holds an executed copy, that one is
+Every notebook under nbs/ becomes a page; where results/reference has an executed copy, that one is
 taken. Files are only read and written: no cell is run, nothing of the package is imported.
 """
 
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def sources() -> dict[str, Path]:
     runs: dict[str, tuple[int, str, Path]] = {}
     for path in REFERENCE.rglob("notebook.ipynb"):
         run = json.loads(path.with_name("parameters.json").read_text())
-        corpus = Path(run.get("corpus", "synthetic")).name.split(".")[0]
+        corpus = Path(run.get("corpus", "synthetic")).name.split(".")[0].replace("_", "-")
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", path.parts[-3]).lower()  # HeadMovement
         page = f"experiments/{name}" + f"_{corpus}" * (corpus != "synthetic")
         candidate = (run.get("seed", 0), str(path), path)
@@ -102,8 +101,8 @@ class Converter:
             part = re.sub(r"^(# .+)\n+> (.+)", r"\1\n\n{.subtitle}\n\2", parts[i])
             part = re.sub(r"^:::+ *\{\.callout-(\w+).*\}$", r":::{\1}", part, flags=re.M)
             part = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s:]+)\)", lambda m: self.link(m, page), part)
-            part = re.sub(r"(?m)(?<![`\[])`([A-Za-z][\w.]*)(\(\))?`(?![`\]])", self.symbol, part)
-            parts[i] = part
+            name = r"\[[^]]*\]\(|(?<!`)`([A-Za-z][\w.]*)(\(\))?`(?!`)"  # or the label of a link
+            parts[i] = re.sub(name, self.symbol, part)
         return "".join(parts)
 
     def link(self, match: re.Match, page: str) -> str:
@@ -129,7 +128,7 @@ class Converter:
 
     def symbol(self, match: re.Match) -> str:
         """A name that only an export can mean leads to its API page."""
-        name, call = match[1], match[2] or ""
+        name, call = match[1] or "", match[2] or ""
         head, _, rest = name.partition(".")
         if head in self.modules and rest.split(".")[0] in self.modules[head]:
             return f"{{py:obj}}`{name}{call} <pruning_bias.{name}>`"
@@ -151,13 +150,19 @@ def parameters(text: str, folded: bool) -> dict:
     return markdown(f"{box}```python\n{text}\n```\n:::")
 
 
-def api(module: str, notebook: str | None) -> str:
+def api(module: str, names: list[str], notebook: str | None) -> str:
     """The page of a module, in reStructuredText."""
-    source = f"Made from the notebook :doc:`/{notebook}`.\n\n" if notebook else ""
-    return (
-        f"{module}\n{'=' * len(module)}\n\n{source}.. automodule:: pruning_bias.{module}\n"
-        "   :members:\n   :undoc-members:\n   :special-members: __call__\n"
-    )
+    page = f"{module}\n{'=' * len(module)}\n\n"
+    if notebook:
+        page += f"Made from the notebook :doc:`/{notebook}`.\n\n"
+    page += f".. automodule:: pruning_bias.{module}\n   :members:\n   :special-members: __call__\n"
+    source = (ROOT / "pruning_bias" / f"{module}.py").read_text()
+    for name in names:  # autodoc leaves out constants that have no docstring
+        if match := re.search(rf"^{name}(?:: .+?)? = (.+?)(?:  # (.+))?$", source, re.M):
+            value = match[1] + " ..." * match[1].endswith(("(", "[", "{", '"""'))
+            page += f"\n.. py:data:: {name}\n   :module: pruning_bias.{module}\n"
+            page += f"   :value: {value}\n\n   {match[2] or ''}\n"
+    return page
 
 
 def toctrees(names: list[str], options: str) -> str:
@@ -188,17 +193,18 @@ def main(out: Path) -> None:
             homes[match[1]] = page
         if page == "index":
             cells.append(markdown(toctree))
+        if NBS not in path.parents:
+            cells.insert(1, markdown(f"Executed; the file is `{path.relative_to(ROOT)}`."))
+            if not (NBS / f"{page}.ipynb").exists():
+                title = rf"\g<0> on {page.rpartition('_')[2]}"
+                cells[0]["source"] = re.sub("^# .+", title, cells[0]["source"])
         cells = [cell | {"id": str(i)} for i, cell in enumerate(cells)]
         file = out / f"{page}.ipynb"
         file.parent.mkdir(parents=True, exist_ok=True)
         notebook = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
         file.write_text(json.dumps(notebook))
     (out / "api").mkdir(exist_ok=True)
-    for module in modules:
-        (out / "api" / f"{module}.rst").write_text(api(module, homes.get(module)))
+    for module, exports in modules.items():
+        (out / "api" / f"{module}.rst").write_text(api(module, exports, homes.get(module)))
     if "index" not in pages:
         (out / "index.md").write_text(f"# pruning_bias\n\n{toctree}\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .associations import association_tests
 from .settings import fetch, find_data
-from .synthetic import association_tests
 
 # %% ../nbs/13_benchmarks.ipynb #cdb05ec4
 def association(

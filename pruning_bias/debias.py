@@ -4,36 +4,19 @@
 
 # %% auto #0
 __all__ = ['hidden_states', 'token_states', 'word_states', 'prototypes', 'orthogonality', 'drift', 'Teacher', 'bias_loss',
-           'drift_loss', 'debias_loss', 'choose_lexicon', 'sample', 'read_classes', 'divide', 'measure']
+           'drift_loss', 'debias_loss', 'measure']
 
 # %% ../nbs/09_debias.ipynb #8fa47fa0
-import random
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from . import synthetic
 from .anatomy import select_layers
-from pruning_bias.corpus import (
-    KINDS,
-    Batch,
-    Encoded,
-    Kind,
-    Lexicon,
-    Sentence,
-    encode,
-    find_sentence,
-    in_order,
-    lines,
-    read_lexicon,
-)
+from .encoding import Batch, Encoded, in_order
 from .fidelity import Fidelity
-from .settings import data_folder
-from .synthetic import LEXICON
 
 # %% ../nbs/09_debias.ipynb #380973b3
 def hidden_states(
@@ -190,76 +173,6 @@ def debias_loss(
     bias = bias_loss(model, targets, prototypes, layer=layer, mode=mode, fidelity=fidelity)
     moved = drift_loss(model, teacher, attributes, fidelity=fidelity)
     return {"loss": alpha * bias + beta * moved, "bias": bias, "drift": moved}
-
-# %% ../nbs/09_debias.ipynb #84d41c27
-def choose_lexicon(
-    name: str,  # builtin, published, or a folder
-) -> Lexicon:
-    """The lexicon of a run."""
-    if name == "builtin":
-        return Lexicon(**LEXICON)
-    return read_lexicon(data_folder() / "words" if name == "published" else name)
-
-
-def sample(
-    sentences: Iterable[Sentence],
-    limit: int,  # most sentences per class
-    seed: int,
-) -> list[Sentence]:
-    """A uniform sample of each class of a stream."""
-    rng, seen = random.Random(seed), Counter[Kind]()
-    kept: dict[Kind, list[Sentence]] = {kind: [] for kind in KINDS}
-    for sentence in sentences:
-        some = kept[sentence.kind]
-        seen[sentence.kind] += 1
-        if len(some) < limit:
-            some.append(sentence)
-        elif (place := rng.randrange(seen[sentence.kind])) < limit:
-            some[place] = sentence
-    return [sentence for some in kept.values() for sentence in some]
-
-# %% ../nbs/09_debias.ipynb #76588e27
-def read_classes(
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: str,  # synthetic, or a corpus as `corpus.lines` takes it
-    lexicon: str,  # builtin, published, or a folder
-    limit: int,  # most sentences per class; 0 = all (of synthetic text, 2000)
-    seed: int,  # of the sample, and of synthetic text
-    pieces: bool = False,  # find and mark words as the published code does
-) -> Encoded:
-    """Scan a corpus once and encode its three classes; ValueError if one of them is empty."""
-    words = choose_lexicon(lexicon)
-    text = (
-        synthetic.sentences(3 * (limit or 2000), seed) if corpus == "synthetic" else lines(corpus)
-    )
-    found = (s for line in text if (s := find_sentence(line, words, pieces)) is not None)
-    encoded = encode(tokenizer, sample(found, limit, seed) if limit else found, pieces=pieces)
-    counts = {kind: len(encoded.where(kind)) for kind in KINDS}
-    for kind, count in counts.items():
-        if count == 0:
-            raise ValueError(
-                f"corpus {corpus} has 0 sentences with a {kind} word of lexicon {lexicon} "
-                f"({counts}); the debias loss needs all three classes"
-            )
-    return encoded
-
-
-def divide(
-    encoded: Encoded,
-    held_out: float = 0.1,  # share of each class kept for measuring
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # indices for training, for measuring
-    """Divide each class, male and female cut to equal numbers; `attributes` is the two together."""
-    n = min(len(encoded.where("male")), len(encoded.where("female")))
-    train, held = {}, {}
-    for kind in KINDS:
-        index = encoded.where(kind) if kind == "target" else encoded.where(kind)[:n]
-        cut = max(1, round(held_out * len(index)))
-        if cut >= len(index):
-            raise ValueError(f"{len(index)} {kind} sentences cannot be divided; two are needed")
-        train[kind], held[kind] = index[cut:], index[:cut]
-    for part in (train, held):
-        part["attributes"] = np.concatenate([part["male"], part["female"]])
-    return train, held
 
 # %% ../nbs/09_debias.ipynb #3eb30d4b
 @torch.no_grad()

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import AssociationTest, seat
-from .corpus import Batch, Encoded, batches, in_order
-from .debias import Teacher, debias_loss, divide, measure, prototypes
+from .debias import Teacher, debias_loss, measure, prototypes
+from .encoding import Batch, Encoded, batches, in_order
 from .fidelity import Fidelity
+from .texts import divide
 from .training import fold_epsilon_, linear, set_rate_
 
 # %% ../nbs/13_movement.ipynb #7ad22152

@@ -31,6 +31,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 from tqdm import tqdm
@@ -346,6 +347,8 @@ def _sweep(final: Path) -> None:
     for old in final.parent.glob(f".{final.name}.*.tmp"):
         match = mine.fullmatch(old.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            if (note := old / "sockets").exists() and "/pb-" in (where := note.read_text()):
+                shutil.rmtree(where, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -365,16 +368,22 @@ def _run_notebook(job: Job, folder: Path) -> float:
     import papermill
 
     started = time.perf_counter()
+    threads = str(job.parameters.get("threads", 1))
     with tempfile.TemporaryDirectory(prefix="pb-") as private:
-        papermill.execute_notebook(
-            job.notebook,
-            str(folder / "notebook.ipynb"),
-            job.parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            kernel_manager_class=_kernel(private, folder, str(job.parameters.get("threads", 1))),
-        )
+        kernel = _kernel(private, folder, threads)
+        note = write_atomic(folder / "sockets", private)  # for _sweep, should this be killed
+        try:
+            papermill.execute_notebook(
+                job.notebook,
+                str(folder / "notebook.ipynb"),
+                job.parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                kernel_manager_class=kernel,
+            )
+        finally:
+            note.unlink(missing_ok=True)
     return time.perf_counter() - started
 
 
@@ -478,12 +487,28 @@ def _text(command: list[str]) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
 
+# %% ../nbs/16_runs.ipynb #6c7f370a
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of the run."""
+    facts = {"digest": folder.name, **_json(folder / "parameters.json")}
+    return facts | {"seconds": _json(folder / "environment.json")["seconds"]}
+
+
+def _json(path: Path) -> Any:
+    """The file's content; an error names the file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the run in {path.parent} is broken: {path.name}: {error}") from None
+
 # %% ../nbs/16_runs.ipynb #bdb302ec
 def _keep_failure(job: Job, folder: Path, error: Exception) -> str:
     """Rename the folder to <digest>.failed with the error in it; the end of a message."""
     failed = job.folder.with_name(f"{job.digest}.failed")
     try:
-        (folder / "done.json").unlink(missing_ok=True)
+        for file in folder.iterdir():  # half a run is of no use, and a full disk needs the room
+            if file.name not in ("notebook.ipynb", "parameters.json"):
+                file.unlink()
         text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
         write_atomic(folder / "error.txt", f"{_reason(error)}\n\n{text}\n")
         if not hasattr(error, "ename"):  # papermill marks the notebook for errors of cells only
@@ -524,6 +549,7 @@ def main(
     """Do one run in this process; 0 = done, 1 = failed, 2 = refused (no use to try again)."""
     if driver := os.environ.pop("PRUNING_BIAS_DRIVER", None):
         threading.Thread(target=_follow, args=(int(driver),), daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up before the end
     try:
         job = json.loads(text) if text.startswith("{") else {"experiment": text}
         if "notebook" in job:
@@ -535,6 +561,8 @@ def main(
     except RunFailed as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 3
     except (OSError, ValueError) as error:
         print(_first_line(error), file=sys.stderr)
         return 2
@@ -633,15 +661,7 @@ def _ray(
     jobs: list[Job], slots: int, retries: int, address: str, gpus_per_run: float
 ) -> Iterator[_Ended | None]:
     """Yield each job as it ends, and None about once a second."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise ImportError("executor 'ray' needs an extra: pip install -e '.[ray]'") from None
-    threads = max(job.parameters.get("threads", 1) for job in jobs)
-    local = {"include_dashboard": False, "num_cpus": slots * threads or None}
-    local = local if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    ray = _start_ray(address, slots * max(job.parameters.get("threads", 1) for job in jobs))
     try:
         has = ray.cluster_resources()
         again = {"max_retries": retries, "retry_exceptions": [RunFailed]}
@@ -658,6 +678,18 @@ def _ray(
             yield None
     finally:
         ray.shutdown()
+
+
+def _start_ray(address: str, cores: int) -> ModuleType:
+    """Connect to a cluster, or start Ray on this machine with so many cores (0 = all)."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("executor 'ray' needs an extra: pip install -e '.[ray]'") from None
+    local = {"include_dashboard": False, "num_cpus": cores or None} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    return ray
 
 
 def _needs(job: Job, has: dict[str, float], gpus_per_run: float) -> dict[str, float]:
@@ -728,9 +760,9 @@ def _collect(
             job, error = end
             if error is None:
                 finished.append(job.folder)
-                took = json.loads((job.folder / "environment.json").read_text())["seconds"]
-                pairs = [f"{k}={v}" for k, v in job.parameters.items() if len(values[k]) > 1]
-                line = " ".join([job.experiment, job.digest, *pairs, f"{took:.1f} s"])
+                told = [f"{k}={v}" for k, v in job.parameters.items() if len(values[k]) > 1]
+                took = f"{_facts(job.folder)['seconds']:.1f} s"
+                line = " ".join([job.experiment, job.digest, *told, took])
             else:
                 failed[job.digest] = line = _first_line(error)
             bar.update()
@@ -788,20 +820,6 @@ def _finished(root: Path | str | None) -> list[Path]:
     root = Path(root) if root else project_root() / Path(load_settings().results).expanduser()
     folders = sorted(done.parent for done in root.glob("*/*/done.json"))
     return [each for each in folders if re.fullmatch(r"[0-9a-f]{12}", each.name)]
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What a run's folder says of the run."""
-    facts = {"digest": folder.name, **_json(folder / "parameters.json")}
-    return facts | {"seconds": _json(folder / "environment.json")["seconds"]}
-
-
-def _json(path: Path) -> Any:
-    """The file's content; an error names the file."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the run in {path.parent} is broken: {path.name}: {error}") from None
 
 # %% ../nbs/16_runs.ipynb #1a72aa61
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -28,24 +28,17 @@ from pruning_bias.anatomy import (
     tiny_encoder,
 )
 from pruning_bias.benchmarks import choose_tests, read_sets, read_test
-from pruning_bias.corpus import Encoded, Lexicon, lines, read_lexicon
-from pruning_bias.debias import Teacher, debias_loss, divide, hidden_states, read_classes
+from pruning_bias.corpus import Lexicon, lines, read_lexicon
+from pruning_bias.debias import Teacher, debias_loss, hidden_states
+from pruning_bias.edits import Shifted, Site
+from pruning_bias.encoding import Encoded
 from pruning_bias.fidelity import Fidelity
+from pruning_bias.files import load, save
 from pruning_bias.gates import FixedGate, ThresholdGate, openness
 from pruning_bias.grids import Grid
-from pruning_bias.subnetworks import (
-    Plan,
-    Shifted,
-    Site,
-    attach_,
-    block_plan,
-    ffn_plan,
-    head_plan,
-    load,
-    save,
-    subnetworks,
-    weight_plan,
-)
+from pruning_bias.plans import Plan, block_plan, ffn_plan, head_plan, weight_plan
+from pruning_bias.subnetworks import attach_, subnetworks
+from pruning_bias.texts import divide, read_classes
 from pruning_bias.training import fit
 
 MALE = "The king told his brother about it.\n"
@@ -321,7 +314,7 @@ def test_gates_that_do_not_fit(untouched: PreTrainedModel) -> None:
     for layer in (2, -1):
         with pytest.raises(ValueError, match=f"no layer {layer}: bert has 2"):
             head_plan(untouched, layers=(0, layer))
-    with pytest.raises(ValueError, match="'values'.*query, key, value"):
+    with pytest.raises(ValueError, match=r"'values'.*query, key, value"):
         head_plan(untouched, ("values",))
 
 
@@ -437,7 +430,7 @@ def test_saving_fails_whole(tmp_path: Path, untouched: PreTrainedModel) -> None:
     subnetwork = attach_(untouched, head_plan(untouched), shut)
     path = save(subnetwork, tmp_path / "heads.safetensors")
     before = path.read_bytes()
-    with smallest_files(100), pytest.raises(OSError, match="heads"):
+    with smallest_files(100), pytest.raises(OSError, match="too large"):
         save(subnetwork, path, note="a longer file")
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
     with pytest.raises(OSError, match="none"):

@@ -21,28 +21,15 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from pruning_bias.anatomy import Encoder
 from pruning_bias.benchmarks import effect_size, official_tests, p_value, seat
-from pruning_bias.corpus import KINDS, Encoded, encode, find_sentence, read_lexicon
-from pruning_bias.debias import (
-    Teacher,
-    debias_loss,
-    drift,
-    hidden_states,
-    prototypes,
-    token_states,
-)
+from pruning_bias.corpus import KINDS, find_sentence, read_lexicon
+from pruning_bias.debias import Teacher, debias_loss, drift, hidden_states, prototypes, token_states
+from pruning_bias.edits import Site
+from pruning_bias.encoding import Encoded, encode
 from pruning_bias.fidelity import Fidelity
 from pruning_bias.gates import HardConcreteGate, ThresholdGate, TopKGate, openness
 from pruning_bias.grids import Grid
-from pruning_bias.subnetworks import (
-    Plan,
-    Site,
-    Subnetwork,
-    attach_,
-    ffn_plan,
-    fold,
-    head_output_plan,
-    head_plan,
-)
+from pruning_bias.plans import Plan, ffn_plan, head_output_plan, head_plan
+from pruning_bias.subnetworks import Subnetwork, attach_, fold
 from pruning_bias.training import cubic, fit, fold_epsilon_, linear
 
 PUBLISHED, EQUATIONS = Fidelity.parse("published_code"), Fidelity()

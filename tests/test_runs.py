@@ -23,9 +23,9 @@ import pytest
 
 from pruning_bias import runs
 from pruning_bias.runs import (
-    EXPERIMENTS,
     BlockMovement,
     DebiasOnly,
+    EXPERIMENTS,
     HeadMovement,
     Run,
     RunFailed,
@@ -252,6 +252,8 @@ def test_a_failed_run_keeps_its_notebook_and_never_counts(tmp_path, what, says):
     assert "\n" not in str(error.value)
     assert names(root) == [f"{digest(run)}.failed"] and load_results(root).empty
     failed = root / "Fault" / names(root)[0]
+    kept = sorted(each.name for each in failed.iterdir())
+    assert kept == ["error.txt", "notebook.ipynb", "parameters.json"]
     assert says in (failed / "error.txt").read_text()
     first = nbformat.read(failed / "notebook.ipynb", as_version=4).cells[0].source
     assert "An Exception was encountered" in first or says in first
@@ -282,7 +284,11 @@ def test_what_dead_processes_left_goes_away_and_nothing_else(tmp_path):
     kept = [f".{digest(run)}.{host}-{os.getppid()}.tmp", f".{digest(run)}.{host}-2-{child.pid}.tmp"]
     for name in (*kept, f".{digest(run)}.{host}-{child.pid}.tmp"):
         (tmp_path / "results" / "Fault" / name).mkdir(parents=True)
+    sockets = tmp_path / "pb-1234"
+    sockets.mkdir()
+    (tmp_path / "results" / "Fault" / name / "sockets").write_text(str(sockets))
     execute(run, tmp_path / "results")
+    assert not sockets.exists()
     assert names(tmp_path / "results") == sorted([*kept, digest(run)])
 
 
@@ -446,13 +452,13 @@ def test_only_finished_and_failed_runs_remain(sweep):
     assert set(load_results(sweep.place / "results").digest) == rest
 
 
-def test_an_interrupted_driver_ends_its_workers(tmp_path):
+def test_an_interrupted_driver_ends_its_workers_and_they_tidy_up(tmp_path):
     driver = drive(tmp_path, "pool", fault(tmp_path, "wait"))
     until(lambda: executions(tmp_path)["wait", 0] == 1)
     family = workers(driver)
     driver.send_signal(signal.SIGINT)
     driver.wait(30)
-    assert len(family) >= 2 and not remaining(family)
+    assert len(family) >= 2 and not remaining(family) and not names(tmp_path / "results")
 
 
 def test_a_running_run_says_how_far_it_is(tmp_path):

@@ -13,16 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pruning_bias.synthetic import (
-    LEXICON,
-    NAMES,
-    PAIRS,
-    association_tests,
-    draw,
-    render,
-    sentences,
-    stream,
-)
+from pruning_bias.associations import association_tests
+from pruning_bias.lexicon import LEXICON, PAIRS
+from pruning_bias.phrases import NAMES
+from pruning_bias.synthetic import draw, render, sentences, stream
 
 SEAT = Path(__file__).parents[2] / "shared" / "data" / "seat"
 needs_seat = pytest.mark.skipif(not SEAT.is_dir(), reason=f"the official files are not in {SEAT}")

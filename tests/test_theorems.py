@@ -17,40 +17,27 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from pruning_bias.anatomy import LAYERS, anatomy
+from pruning_bias.anatomy import LAYERS, anatomy, select_layers
 from pruning_bias.benchmarks import association, effect_size, p_value
-from pruning_bias.corpus import KINDS, Batch, Encoded, Sentence, batches
-from pruning_bias.debias import (
-    Teacher,
-    debias_loss,
-    hidden_states,
-    sample,
-    select_layers,
-    token_states,
-    word_states,
-)
+from pruning_bias.corpus import KINDS, Sentence, sample
+from pruning_bias.debias import Teacher, debias_loss, hidden_states, token_states, word_states
+from pruning_bias.edits import Masked, Shifted
+from pruning_bias.encoding import Batch, Encoded, batches
 from pruning_bias.fidelity import Fidelity
+from pruning_bias.files import load, save
 from pruning_bias.gates import FixedGate, HardConcreteGate, ThresholdGate, TopKGate
 from pruning_bias.grids import Grid
-from pruning_bias.subnetworks import (
-    Masked,
+from pruning_bias.plans import (
     Plan,
-    Shifted,
-    Subnetwork,
-    active,
-    attach_,
     block_plan,
     ffn_plan,
-    fold,
     head_output_plan,
     head_plan,
-    load,
     mlp_plan,
     random_like,
-    save,
-    subnetworks,
     weight_plan,
 )
+from pruning_bias.subnetworks import Subnetwork, active, attach_, fold, subnetworks
 from pruning_bias.training import cubic, linear
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert", "albert")
@@ -463,7 +450,8 @@ def texts(draw: st.DrawFn, model: PreTrainedModel, n: int) -> Encoded:
     lengths = rng.integers(3, LONGEST + 1, n)
     words = [np.zeros(length, np.uint8) for length in lengths]
     for row in words:
-        row[rng.choice(len(row), rng.integers(1, len(row)), replace=False)] = rng.integers(1, 3)
+        found = rng.choice(len(row), rng.integers(1, len(row)), replace=False)
+        row[found] = rng.integers(1, 3, len(found))
     ids = rng.integers(3, VOCABULARY, lengths.sum()).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     kinds = np.zeros(n, np.uint8)
@@ -510,6 +498,34 @@ def test_padding_and_company_change_no_loss(
     tight, long = losses([0], 0, published), losses([0], LONGEST + 4, published)
     assert (tight["bias"] == pytest.approx(long["bias"], rel=1e-6)) == (mode == "token")
     assert tight["drift"] == pytest.approx(long["drift"], rel=1e-10)
+
+
+@quick(15)
+@given(st.data(), SEEDS)
+def test_word_states_are_weighted_means(data: st.DataObject, seed: int) -> None:
+    """A word piece that counts twice counts twice; all others do not count."""
+    text = data.draw(texts(data.draw(encoders()), 4))
+    batch = text.batch(range(4))
+    states = torch.randn(
+        2, *batch.ids.shape, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    came, weights = word_states(states, batch)
+    for i in range(4):
+        pieces = [j for j, n in enumerate(batch.words[i].int().tolist()) for _ in range(n)]
+        assert torch.allclose(came[:, i], states[:, i, pieces].mean(1))
+    assert weights.tolist() == [1.0] * 4
+
+
+def test_layers_are_those_of_the_paper() -> None:
+    """Embeddings, output, all of them, or what layers 1 to 4 give."""
+    states = tuple(torch.tensor(float(i)) for i in range(13))
+    chosen = {layer: [int(s) for s in select_layers(states, layer)] for layer in LAYERS}
+    assert chosen == {
+        "first": [0],
+        "last": [12],
+        "all": list(range(13)),
+        "intermediate": [1, 2, 3, 4],
+    }
 
 
 @quick(15)
