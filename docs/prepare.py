@@ -39,7 +39,10 @@ def sources() -> dict[str, Path]:
         candidate = (run.get("seed", 0), str(path), path)
         runs[page] = min(runs.get(page, candidate), candidate)
     pages |= {page: path for page, (_, _, path) in runs.items()}
-    return pages | {f"reports/{p.stem}": p for p in sorted(REFERENCE.glob("reports/*.ipynb"))}
+    for path in REFERENCE.rglob("reports/*.ipynb"):
+        where = path.relative_to(REFERENCE).parts[0]
+        pages[f"reports/{path.stem}" + f"_{where}" * (where not in ("reports", "demo"))] = path
+    return pages
 
 
 def exported() -> dict[str, list[str]]:
@@ -146,7 +149,7 @@ def markdown(text: str) -> dict:
 def parameters(text: str, folded: bool) -> dict:
     """A parameters cell as a box."""
     title = "Defaults of the parameters" if folded else "Parameters"
-    box = f":::{{admonition}} {title}\n:class: {'dropdown' if folded else 'note'}\n"
+    box = f":::{{admonition}} {title}\n:class: note\n" + ":collapsible: closed\n" * folded
     return markdown(f"{box}```python\n{text}\n```\n:::")
 
 

@@ -10,6 +10,7 @@ __all__ = ['Kind', 'KINDS', 'GPT2', 'WORD', 'NEWS_COMMENTARY', 'Lexicon', 'read_
 import gzip
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -153,9 +154,9 @@ def _file_lines(path: Path) -> Iterator[str]:
                 yield raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}, line {number + 1}: not UTF-8 ({error.reason}); convert it first"
+            f"{path}, line {number}: not UTF-8 ({error.reason}); convert it first"
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: not a whole gzip file ({error})") from error
     if number == 0:
         raise ValueError(f"{path} is empty; expected a sentence per line")

@@ -25,7 +25,8 @@ def hidden_states(
 ) -> Tensor:  # [L, B, T, D] in float32, embeddings first
     """All hidden states of a batch."""
     output = model(input_ids=batch.ids, attention_mask=batch.attention, output_hidden_states=True)
-    return torch.stack(output.hidden_states).float()
+    states = torch.stack(output.hidden_states)
+    return states if states.dtype == torch.float64 else states.float()
 
 
 def token_states(

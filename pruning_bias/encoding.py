@@ -112,11 +112,9 @@ def encode(
                 words.append(np.asarray(weights, dtype=np.uint8))
                 kinds.append(KINDS.index(s.kind))
                 offsets.append(offsets[-1] + len(row))
-    if not ids:
-        raise ValueError("no sentence is left to encode: none holds a word of its class")
     flat = (
-        np.concatenate(ids),
-        np.concatenate(words),
+        np.concatenate([np.empty(0, np.int32), *ids]),
+        np.concatenate([np.empty(0, np.uint8), *words]),
         np.array(offsets),
         np.array(kinds, np.uint8),
     )
@@ -139,8 +137,9 @@ def batches(
         cut: list[np.ndarray] = []
         for start in range(0, len(order), size * window):
             near = order[start : start + size * window]
+            near = near[: len(near) // size * size]  # the rest waits for another epoch
             near = near[np.argsort(encoded.lengths[near], kind="stable")]
-            cut += [near[i : i + size] for i in range(0, len(near), size) if len(near) >= i + size]
+            cut += [near[i : i + size] for i in range(0, len(near), size)]
         for i in torch.randperm(len(cut), generator=generator).tolist():
             yield encoded.batch(cut[i], pad_to)
 

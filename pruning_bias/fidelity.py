@@ -32,7 +32,7 @@ class Fidelity:
     ) -> "Fidelity":
         """Read a run's field; ValueError for an unknown name."""
         names = [field.name for field in fields(cls)]
-        start, *changes = text.replace("+", " +").replace("-", " -").split()
+        start, *changes = text.replace("+", " +").replace("-", " -").split() or [""]
         if start not in ("equations", "published_code"):
             raise ValueError(
                 f"fidelity is {text!r}; expected 'equations' or 'published_code', then any of "

@@ -11,13 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from transformers import PreTrainedModel
 
 from .edits import Site
 from .gates import FixedGate
 from .grids import Grid
+from .settings import write_atomic
 from .subnetworks import Subnetwork, attach_
 
 # %% ../nbs/05_files.ipynb #d0881f82
@@ -42,6 +44,9 @@ def save(
         raise ValueError("a subnetwork of weight differences has a file of its own kind")
     tensors = {}
     for name, gate in subnetwork.gates.items():
+        z = gate().detach()
+        if not torch.equal(z, gate.keep().to(z.dtype)):
+            raise ValueError(f"gate {name!r} is neither open nor closed: fix it first")
         tensors[f"{name}.keep"] = gate.keep().cpu()
         if hasattr(gate, "scores"):
             tensors[f"{name}.scores"] = gate.scores.detach().cpu().contiguous()
@@ -51,14 +56,7 @@ def save(
         "base": str(subnetwork.model.config.name_or_path),
         "base_sha256": weights_sha256(subnetwork.model),
     }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, partial, metadata={k: str(v) for k, v in about.items()})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_atomic(Path(path), to_bytes(tensors, {k: str(v) for k, v in about.items()}))
 
 
 def _site_json(site: Site) -> list[Any]:
@@ -70,10 +68,13 @@ def load(
     model: PreTrainedModel,  # the base it was made for
 ) -> Subnetwork:
     """Attach a saved subnetwork; ValueError if it was made for other weights."""
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
-        names = [name for name in file.keys() if name.endswith(".keep")]  # noqa: SIM118
-        keep = {name.removesuffix(".keep"): file.get_tensor(name) for name in names}
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            names = [name for name in file.keys() if name.endswith(".keep")]  # noqa: SIM118
+            keep = {name.removesuffix(".keep"): file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if missing := {"plan", "base", "base_sha256"} - about.keys():
         raise ValueError(f"{path} is no saved subnetwork: it lacks {', '.join(sorted(missing))}")
     if (came := weights_sha256(model)) != about["base_sha256"]:
@@ -81,8 +82,13 @@ def load(
             f"{path} was made for {about['base'] or 'a model'} with weights "
             f"{about['base_sha256'][:12]}, this model's are {came[:12]}: load that one"
         )
-    plan = {
-        name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
-        for name, sites in json.loads(about["plan"]).items()
-    }
-    return attach_(model, plan, lambda name, shape: FixedGate(keep[name]))
+    try:
+        plan = {
+            name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
+            for name, sites in json.loads(about["plan"]).items()
+        }
+        return attach_(model, plan, lambda name, shape: FixedGate(keep[name]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: its plan does not fit its masks or the model: {error}"
+        ) from error

@@ -34,6 +34,8 @@ def head_plan(
     layers: tuple[int, ...] | None = None,  # default: all
 ) -> Plan:  # gates of [H, 1], one per layer and part, or one per layer
     """Gate the rows of each head; a closed value head contributes nothing at all."""
+    if wrong := set(parts) - {"query", "key", "value"}:
+        raise ValueError(f"no part {wrong.pop()!r} of a head; there are query, key, value")
     found = anatomy(model)
     grid = Grid(found.head_size, model.config.hidden_size)
     plan: Plan = {}

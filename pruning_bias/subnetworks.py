@@ -136,6 +136,8 @@ def active(
     *wanted: Subnetwork,  # of one model
 ) -> Iterator[None]:
     """Exactly these subnetworks are on, in any combination, for the length of a `with`."""
+    if not wanted:
+        raise ValueError("active needs at least one subnetwork, to know the model; use off()")
     known = [s for model in dict.fromkeys(w.model for w in wanted) for s in subnetworks(model)]
     before = [(s, s.on) for s in known]
     try:

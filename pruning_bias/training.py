@@ -83,9 +83,11 @@ def fit(
     kind = torch.device(device).type
     for step in tqdm(range(steps), disable=None, leave=False):
         logged = (before_step(step) if before_step else None) or {}
+        if (batch := next(batches, None)) is None:
+            raise ValueError(f"the batches ended after {step} steps; {steps} were asked for")
         mixed = torch.autocast(kind, autocast) if autocast else nullcontext()
         with mixed:
-            losses = loss_fn(next(batches))
+            losses = loss_fn(batch)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         optimizer.step()

@@ -214,10 +214,9 @@ def test_equations(setting: SimpleNamespace, figure: dict[str, Any]) -> None:
             assert close(came["drift"], expected, setting.relative)
 
 
+@pytest.mark.parametrize("setting", [torch.float64], indirect=True, ids=str)
 def test_drift_over_padding(setting: SimpleNamespace) -> None:
     """Drift over all 128 positions is recorded too; `token_states` can be asked for it."""
-    if setting.dtype == torch.float32:
-        return  # the float64 figure says it all, and the passes are long
     batch = setting.attributes.batch(range(16), 128)
     moved, frozen = (hidden_states(model, batch) for model in reversed(setting.models.values()))
     came = drift(token_states(moved, batch, True)[0], *token_states(frozen, batch, True))

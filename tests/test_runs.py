@@ -21,21 +21,19 @@ import nbformat
 import psutil
 import pytest
 
-from pruning_bias import runs
+from pruning_bias import execution, executors
+from pruning_bias.execution import RunFailed, execute
+from pruning_bias.executors import execute_all
+from pruning_bias.notebooks import check_notebook
+from pruning_bias.results import load_histories, load_results
 from pruning_bias.runs import (
+    EXPERIMENTS,
     BlockMovement,
     DebiasOnly,
-    EXPERIMENTS,
     HeadMovement,
     Run,
-    RunFailed,
-    check_notebook,
     digest,
-    execute,
-    execute_all,
     from_parameters,
-    load_histories,
-    load_results,
     parameter,
     parameters,
     parameters_cell,
@@ -138,7 +136,7 @@ def test_papermill_reads_every_parameter_of_the_cell(experiment, tmp_path):
 
 
 def test_parameters_cells_match_the_dataclasses():
-    classes = {runs._snake(name): each for name, each in EXPERIMENTS.items()}
+    classes = {execution._snake(name): each for name, each in EXPERIMENTS.items()}
     paths = sorted((project_root() / "nbs/experiments").glob("*.ipynb"))
     for path, run_class in [(NOTEBOOKS / "fault.ipynb", Fault)] + [
         (path, classes[path.stem]) for path in paths
@@ -268,7 +266,7 @@ def test_a_success_removes_the_failure_before_it(tmp_path):
 
 
 def test_of_two_that_finish_the_same_run_the_second_gives_way(tmp_path):
-    job = runs._job(fault(tmp_path, "wait"), tmp_path / "results")
+    job = execution.job_of(fault(tmp_path, "wait"), tmp_path / "results")
     both = [start(job, stdout=subprocess.PIPE) for _ in range(2)]
     until(lambda: executions(tmp_path)["wait", 0] == 2)
     (tmp_path / "go").touch()
@@ -278,7 +276,7 @@ def test_of_two_that_finish_the_same_run_the_second_gives_way(tmp_path):
 
 
 def test_what_dead_processes_left_goes_away_and_nothing_else(tmp_path):
-    run, host = fault(tmp_path), runs.platform.node()
+    run, host = fault(tmp_path), execution.platform.node()
     child = subprocess.Popen(["true"])
     child.wait()
     kept = [f".{digest(run)}.{host}-{os.getppid()}.tmp", f".{digest(run)}.{host}-2-{child.pid}.tmp"]
@@ -314,15 +312,15 @@ def test_results_that_cannot_be_written_are_told_at_once(tmp_path):
 
 
 def test_a_file_that_cannot_grow_is_a_failure(tmp_path):
-    job = runs._job(fault(tmp_path, "write too much"), tmp_path / "results")
+    job = execution.job_of(fault(tmp_path, "write too much"), tmp_path / "results")
     worker = start(job, stderr=subprocess.PIPE, preexec_fn=lambda: limit_files(2**20))
     assert "File too large" in worker.communicate()[1] and worker.returncode == 1
     assert names(tmp_path / "results") == [f"{job.digest}.failed"]
 
 
-def start(job: runs.Job, **options) -> subprocess.Popen:
+def start(job: execution.Job, **options) -> subprocess.Popen:
     """Start one worker."""
-    command = [sys.executable, "-m", "pruning_bias.runs", json.dumps(job._asdict())]
+    command = [sys.executable, "-m", "pruning_bias.worker", json.dumps(job._asdict())]
     return subprocess.Popen(command, text=True, **options)
 
 
@@ -357,9 +355,8 @@ def test_a_full_disk_leaves_nothing_that_counts(tmp_path, small_disk, what):
 
 # ---- many runs: the same faults for both executors
 
-RAY = pytest.param("ray", marks=pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed"
-))  # fmt: skip
+missing = importlib.util.find_spec("ray") is None
+no_ray = pytest.mark.skipif(missing, reason="the extra `ray` is not installed")
 
 
 ONCE = ("raise once", "kill worker once", "kill kernel once")
@@ -370,13 +367,13 @@ class Sweep(NamedTuple):
 
     place: Path
     digests: dict[tuple[str, int], str]  # (fault, seed) -> digest
-    report: runs.Report  # of the second driver
+    report: executors.Report  # of the second driver
     family: int  # processes below the first driver when it was killed
     orphans: list[psutil.Process]  # those of them that did not end
     early: list[str]  # what lay in the results between the two drivers
 
 
-@pytest.fixture(scope="module", params=["pool", RAY])
+@pytest.fixture(scope="module", params=["pool", pytest.param("ray", marks=no_ray)])
 def sweep(request, tmp_path_factory) -> Sweep:
     """A driver is killed in the middle; the next one meets killed workers and failing runs."""
     place = tmp_path_factory.mktemp(request.param)
@@ -462,11 +459,11 @@ def test_an_interrupted_driver_ends_its_workers_and_they_tidy_up(tmp_path):
 
 
 def test_a_running_run_says_how_far_it_is(tmp_path):
-    job = runs._job(HeadMovement(), tmp_path)
+    job = execution.job_of(HeadMovement(), tmp_path)
     running = job.folder.with_name(f".{job.digest}.host-1.tmp")
     running.mkdir(parents=True)
     (running / "progress").write_text("120 200")
-    assert runs._notes([job]) == f"HeadMovement {job.digest[:4]} 120/200"
+    assert executors._notes([job]) == f"HeadMovement {job.digest[:4]} 120/200"
 
 
 # ---- where runs go
@@ -474,11 +471,13 @@ def test_a_running_run_says_how_far_it_is(tmp_path):
 
 def test_a_gpu_is_a_slot_and_a_share_of_one_is_a_slot(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    gpu, cpu = (runs._job(fault(tmp_path, device=device), None) for device in ("cuda", "cpu"))
-    seen = [slot["CUDA_VISIBLE_DEVICES"] for slot in runs._slots([gpu, cpu], 0, 0.5)]
+    gpu, cpu = (
+        execution.job_of(fault(tmp_path, device=device), None) for device in ("cuda", "cpu")
+    )
+    seen = [slot["CUDA_VISIBLE_DEVICES"] for slot in executors._slots([gpu, cpu], 0, 0.5)]
     assert seen == ["4", "7", "4", "7"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in runs._slots([gpu], 0, 1.0)] == ["4", "7"]
-    assert len(runs._slots([gpu], 3, 1.0)) == 3 and runs._slots([cpu], 2, 1.0) == [{}, {}]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in executors._slots([gpu], 0, 1.0)] == ["4", "7"]
+    assert len(executors._slots([gpu], 3, 1.0)) == 3 and executors._slots([cpu], 2, 1.0) == [{}, {}]
 
 
 @pytest.fixture(scope="module")
@@ -507,14 +506,14 @@ def test_each_run_is_told_as_it_ends(pinned):
 def test_ray_is_asked_for_a_share_of_a_gpu(tmp_path):
     has = {"CPU": 8.0, "GPU": 1.0}
     devices = ("cuda", "auto", "cpu", "cuda:1")
-    jobs = {each: runs._job(fault(tmp_path, device=each), None) for each in devices}
-    assert runs._needs(jobs["cuda"], has, 0.5) == {"num_cpus": 1, "num_gpus": 0.5}
-    assert runs._needs(jobs["auto"], {"CPU": 8.0}, 0.5)["num_gpus"] == 0
-    assert runs._needs(jobs["cpu"], has, 0.5)["num_gpus"] == 0
+    jobs = {each: execution.job_of(fault(tmp_path, device=each), None) for each in devices}
+    assert executors._needs(jobs["cuda"], has, 0.5) == {"num_cpus": 1, "num_gpus": 0.5}
+    assert executors._needs(jobs["auto"], {"CPU": 8.0}, 0.5)["num_gpus"] == 0
+    assert executors._needs(jobs["cpu"], has, 0.5)["num_gpus"] == 0
     with pytest.raises(ValueError, match="Ray chooses the GPU; expected cuda"):
-        runs._needs(jobs["cuda:1"], has, 1.0)
+        executors._needs(jobs["cuda:1"], has, 1.0)
     with pytest.raises(ValueError, match="all of Ray has"):
-        runs._needs(jobs["cuda"], {"CPU": 8.0}, 1.0)
+        executors._needs(jobs["cuda"], {"CPU": 8.0}, 1.0)
 
 
 def test_a_missing_ray_is_told_with_the_remedy(tmp_path, monkeypatch):

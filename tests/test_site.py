@@ -152,11 +152,11 @@ def test_a_reader_walks_through_it(site: Path, browser: Any) -> None:
     follow("02_gates.html")
     assert browser.find_element(By.TAG_NAME, "math").size["height"] > 5
     follow("experiments/")
-    box = browser.find_element(By.CSS_SELECTOR, ".admonition:not(.dropdown) .highlight")
+    box = browser.find_element(By.CSS_SELECTOR, "div.admonition .highlight")
     assert box.is_displayed() and "seed" in box.text
     if list((ROOT / "nbs" / "reports").glob("*.ipynb")):
         follow("reports/")
-        assert browser.find_elements(By.CSS_SELECTOR, ".output img, .output table")
+        assert browser.find_elements(By.CSS_SELECTOR, ".cell_output img, .cell_output table")
         follow("experiments/")
 
     query = browser.find_element(By.CSS_SELECTOR, ".sidebar-search")

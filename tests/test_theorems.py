@@ -683,7 +683,9 @@ def test_an_epoch_holds_every_sentence_once(size: int, many: int, window: int, s
 def test_no_sentence_is_left_out_for_its_length() -> None:
     """Where the size does not divide, another rest stays behind in each epoch."""
     text = plain(list(range(1, 12)))
-    seen = Counter(i for batch in epochs(text, 4, 0, 400) for i in batch)
+    came = epochs(text, 4, 0, 400)
+    assert all(len(batch) == 4 for batch in came)
+    seen = Counter(i for batch in came for i in batch)
     assert set(seen) == set(range(11))
     assert stats.chisquare([seen[i] for i in range(11)]).pvalue > 0.01
 
