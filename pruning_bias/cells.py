@@ -16,7 +16,7 @@ from .averages import CONTEXT, KEYS, shorten
 
 # %% ../nbs/17_cells.ipynb #bebfba95
 def number(
-    mean: float,
+    mean: float,  # nan: there is none
     sd: float = math.nan,  # nan or 0: not shown
     digits: int | None = None,  # after the point; None = three significant ones
 ) -> str:  # empty for nan

@@ -148,7 +148,7 @@ def in_order(
     encoded: Encoded,
     among: np.ndarray,  # [n] sentences
     size: int = 64,  # most sentences per batch
-    pad_to: int = 0,
+    pad_to: int = 0,  # at least this long
 ) -> Iterator[Batch]:
     """Every sentence once, in order of length: for measuring, where order does not matter."""
     near = among[np.argsort(encoded.lengths[among], kind="stable")]

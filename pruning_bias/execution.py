@@ -74,6 +74,7 @@ def execute(
 
 
 def execute_job(job: Job) -> Path:
+    """Do one job if it is not done yet; its folder."""
     final = job.folder
     _sweep(final)
     if job.done:

@@ -58,7 +58,7 @@ def table_by_test(
 def terminal_table(
     frame: pd.DataFrame,  # from load_results, of one context
     suite: str,  # the tests' common name: builtin or SEAT
-    width: int = 120,
+    width: int = 120,  # columns
 ) -> str:
     """Tests 6, 7 and 8 of one suite, drift, closed groups and seconds."""
     figures, rows, dense = movement_figures(frame), [], {}

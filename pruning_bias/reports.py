@@ -19,7 +19,7 @@ from .conclusions import conclusions, did_not_help, verdicts
 from .maps import draw_blocks, draw_closing, draw_heads  # noqa: F401
 from .overview import movement_table, table_by_test, terminal_table
 from .published import PUBLISHED, published_table
-from .runs import load_histories, load_results
+from .results import load_histories, load_results
 from .settings import write_atomic
 
 # %% ../nbs/17_reports.ipynb #f42aeaa4

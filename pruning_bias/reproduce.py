@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .executors import execute_all
-from .reports import compare, write_report
-from .results import load_results
+from .reports import write_report
 from .runs import BlockMovement, DebiasOnly, HeadMovement, Run
 from .settings import Settings, find_data, load_settings, project_root, write_atomic
 
@@ -94,18 +93,13 @@ def reproduce(
     settings = settings or load_settings()
     root = project_root() / settings.results / profile
     runs = PROFILES[paper, profile](settings)
-    done = execute_all(
-        runs, root, settings.executor, settings.slots or None, settings.retries
-    )
+    done = execute_all(runs, root)
     if not (done.finished or done.skipped):
         print("no run finished; nothing to report", file=sys.stderr)
         return 1
-    print(write_report(root, root))
-    notebook = execute_report(root, paper)
     reference = project_root() / "results" / "reference" / profile
-    if reference.is_dir() and reference != root:
-        print(compare(load_results(root), load_results(reference)).attrs["sentence"])
-    print(f"\ntables   {root / 'tables'}\nfigures  {root / 'figures'}\nreport   {notebook}")
+    print(write_report(root, root, reference if reference.is_dir() else None))
+    print(f"report:    {execute_report(root, paper)}")
     for digest, message in done.failed.items():
         print(f"failed: {digest}: {message}", file=sys.stderr)
     return 1 if done.failed else 0

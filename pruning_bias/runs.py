@@ -154,6 +154,7 @@ def digest(run: Run) -> str:
 
 
 def digest_of(experiment: str, parameters: dict[str, Any]) -> str:
+    """The digest of an experiment's name and its parameters."""
     facts = json.dumps({"experiment": experiment, **parameters}, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 

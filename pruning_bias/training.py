@@ -22,8 +22,8 @@ from .settings import report_progress
 def cubic(
     step: int,  # counted from 0
     total: int,  # T, steps of the run
-    initial: float,
-    final: float,
+    initial: float,  # until the warm-up ends
+    final: float,  # in the cool-down
     warmup: int = 0,  # w, steps at `initial`
     cooldown: int = 0,  # c, steps at `final`
 ) -> float:
