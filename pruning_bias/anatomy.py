@@ -194,6 +194,7 @@ def load_encoder(
     finally:
         if bars:
             logging.enable_progress_bar()
+    model.config.name_or_path = name  # and not the folder that it came from here
     anatomy(model)  # an unknown family is refused here, before anything is computed with it
     return Encoder(model.to(device).eval().requires_grad_(False), tokenizer, source)
 

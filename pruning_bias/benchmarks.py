@@ -150,7 +150,7 @@ def embed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],  # repeats cost nothing
-    batch_size: int = 64,
+    batch_size: int = 64,  # texts per forward pass
 ) -> dict[str, Tensor]:  # text -> [D] float32 on the CPU
     """The first piece's last hidden state of each text."""
     unique = list(dict.fromkeys(texts))

@@ -113,12 +113,11 @@ def drift_size(
         what = "the bias there was, as the loss weighs them"
     else:
         return "", ""
+    if math.isnan(ratio):
+        return "", ""
     size = "small" if ratio <= limits[0] else "moderate" if ratio <= limits[1] else "large"
-    return (
-        ("", "")
-        if math.isnan(ratio)
-        else (size, f"{ratio:,.{1 if ratio >= 10 else 2}f} times {what}")
-    )
+    times = f"{ratio:,.{1 if ratio >= 10 else 2}f}" if ratio >= 0.005 else "less than 0.01"
+    return size, f"{times} times {what}"
 
 # %% ../nbs/17_conclusions.ipynb #5badf29f
 def conclusions(

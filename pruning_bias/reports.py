@@ -16,7 +16,7 @@ from .cells import markup
 from .charts import save_figure, seat_figure, training_figure
 from .comparison import agreement, compare
 from .conclusions import conclusions, did_not_help, verdicts
-from .maps import draw_blocks, draw_closing, draw_heads  # noqa: F401
+from .maps import draw_closing
 from .overview import movement_table, table_by_test, terminal_table
 from .published import PUBLISHED, published_table
 from .results import load_histories, load_results

@@ -8,11 +8,15 @@ __all__ = ['PROFILES', 'common', 'grid', 'small', 'paper', 'reproduce', 'execute
 # %% ../nbs/21_reproduce.ipynb #7f7a01bb
 import argparse
 import hashlib
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from .execution import Job, run_notebook
 from .executors import execute_all
+from .notebooks import check_notebook
 from .reports import write_report
 from .runs import BlockMovement, DebiasOnly, HeadMovement, Run
 from .settings import Settings, find_data, load_settings, project_root, write_atomic
@@ -47,12 +51,12 @@ def small(
 ) -> list[Run]:
     """The three experiments on a few hundred sentences of each class."""
     text = {"corpus": corpus, "lexicon": lexicon, "sentences": 600}
-    shared = common(settings) | text | {"steps": 120, "batch_size": 8}
-    closing = {"mask_learning_rate": 0.1, "random_draws": 10}
+    shared = common(settings) | text | {"batch_size": 8}
+    closing = {"steps": 120, "mask_learning_rate": 0.1, "random_draws": 10}
     return grid(
         settings.seeds,
         shared,
-        (DebiasOnly, {}),
+        (DebiasOnly, {"steps": 60}),
         (HeadMovement, closing),
         (BlockMovement, closing),
     )
@@ -110,20 +114,18 @@ def execute_report(
     paper: str,
 ) -> Path:
     """Execute a paper's report notebook on a folder of results, unless nothing has changed."""
-    import papermill
-
     source = project_root() / "nbs" / "reports" / f"{paper}.ipynb"
     states = sorted(root.glob("*/*/done.json"))
     seen = hashlib.sha256(b"".join(path.read_bytes() for path in [source, *states])).hexdigest()
     target, stamp = root / "reports" / f"{paper}.ipynb", root / "reports" / f".{paper}.sha256"
     if target.is_file() and stamp.is_file() and stamp.read_text() == seen:
         return target
+    given = {"results": os.path.relpath(root, project_root())}
+    check_notebook(source, given)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".tmp")
-    papermill.execute_notebook(
-        source, partial, {"results": str(root)}, progress_bar=False, cwd=source.parent
-    )
-    partial.replace(target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        run_notebook(Job("Report", given, str(source), str(root)), Path(folder))
+        (Path(folder) / "notebook.ipynb").replace(target)
     write_atomic(stamp, seen)
     return target
 

@@ -8,6 +8,7 @@ __all__ = ['leave', 'facts', 'read_json', 'load_results', 'load_histories']
 # %% ../nbs/16_results.ipynb #e33abb35
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,13 @@ def leave(
         writer.writeheader()
         writer.writerows(history)
     write_atomic(folder / "environment.json", json.dumps(about, indent=1))
-    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False))
+    rows = [{name: _number(value) for name, value in row.items()} for row in metrics]
+    write_atomic(folder / "metrics.json", json.dumps(rows, indent=1))
+
+
+def _number(value: Any) -> Any:
+    """What JSON can hold: a value that is not a finite number becomes null, an empty cell."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 # %% ../nbs/16_results.ipynb #b27baa99
 def facts(folder: Path) -> dict[str, Any]:

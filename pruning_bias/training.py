@@ -38,7 +38,7 @@ def cubic(
 
 def linear(
     step: int,  # counted from 0
-    total: int,
+    total: int,  # steps of the run
     warmup: int = 0,  # steps of linear rise
 ) -> float:  # factor in [0, 1]
     """The learning rate's factor: a rise over the warm-up, then a linear fall to zero."""
@@ -59,7 +59,7 @@ def set_rate_(
 def fold_epsilon_(
     optimizer: AdamW,
     step: int,  # counted from 0
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-6,  # as the published code leaves it
 ) -> None:
     """Make torch's AdamW take this step as Hugging Face's old one did."""
     for group in optimizer.param_groups:

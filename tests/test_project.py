@@ -60,8 +60,9 @@ def test_modules_and_functions_are_small(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_public_functions_are_typed_and_documented(name: str) -> None:
     lines = MODULES[name].read_text().splitlines()
-    inner = {g for f in functions(MODULES[name]) for g in ast.walk(f) if g is not f}
-    for function in functions(MODULES[name]):
+    every = functions(MODULES[name])
+    inner = {g for f in every for g in ast.walk(f) if g is not f}
+    for function in every:
         if function.name.startswith("_") or function in inner:
             continue
         assert ast.get_docstring(function), f"{name}.{function.name} has no docstring"
