@@ -5,6 +5,7 @@
 #   make lab         JupyterLab on the notebooks
 #   make bench       speed, as ratios
 #   make refresh     run the notebooks and keep their outputs; make README.md from nbs/index.ipynb
+#   make keep [PROFILE=demo]   make our results the reference that is committed
 #   make clean       take away what was built; results stay
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PAPER ?= movement
 PROFILE ?= demo
 BIN := .venv/bin
 
-.PHONY: reproduce test docs lab bench refresh export clean
+.PHONY: reproduce test docs lab bench refresh export keep clean
 .DELETE_ON_ERROR:
 
 reproduce: .venv/offline.done
@@ -20,7 +21,7 @@ reproduce: .venv/offline.done
 
 test: .venv/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: .venv/dev.done
 	@$(BIN)/python docs/build.py
@@ -38,6 +39,11 @@ refresh: export
 	@OMP_NUM_THREADS=2 $(BIN)/nbdev-test --save --n-workers 0
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python docs/readme.py
+
+keep:
+	@test -d results/local/$(PROFILE) || { echo "no results/local/$(PROFILE): make reproduce PROFILE=$(PROFILE) first"; exit 1; }
+	rm -rf results/reference/$(PROFILE) && mkdir -p results/reference
+	cp -r results/local/$(PROFILE) results/reference/ && rm -rf results/reference/$(PROFILE)/*/*.failed
 
 clean:
 	rm -rf .venv _docs _proc *.egg-info .pytest_cache .ruff_cache .hypothesis
