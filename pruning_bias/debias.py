@@ -24,7 +24,12 @@ def hidden_states(
     batch: Batch,
 ) -> Tensor:  # [L, B, T, D] in float32, embeddings first
     """All hidden states of a batch."""
-    output = model(input_ids=batch.ids, attention_mask=batch.attention, output_hidden_states=True)
+    # a mask of 4 dimensions is taken as it is; from one of 2, transformers would ask the device
+    # whether there is any padding at all, and every step would wait for the answer
+    mask = batch.attention[:, None, None, :].bool()
+    if model.config._attn_implementation == "eager":  # which adds its mask
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, -torch.inf)
+    output = model(input_ids=batch.ids, attention_mask=mask, output_hidden_states=True)
     states = torch.stack(output.hidden_states)
     return states if states.dtype == torch.float64 else states.float()
 

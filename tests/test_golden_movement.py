@@ -48,7 +48,7 @@ class Remembering:
     """A model that answers the same batch from memory, so that many losses cost one pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.known = model, {}
+        self.model, self.config, self.known = model, model.config, {}
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, **rest: Any) -> Any:

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from pruning_bias.anatomy import LAYERS, anatomy, select_layers
+from pruning_bias.anatomy import LAYERS, anatomy, select_layers, tiny_encoder
 from pruning_bias.benchmarks import association, effect_size, p_value
 from pruning_bias.corpus import KINDS, Sentence, sample
 from pruning_bias.debias import Teacher, debias_loss, hidden_states, token_states, word_states
@@ -741,3 +741,19 @@ def test_the_rate_rises_and_falls(total: int, warmup: int) -> None:
         assert all(np.diff(values[: warmup + 1]) > 0) and all(
             np.diff(values[warmup : total + 1]) < 0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eager_attention_sees_the_same_padding(dtype: torch.dtype) -> None:
+    model = tiny_encoder().to(dtype).eval()
+    batch = Batch(
+        torch.tensor([[101, 2002, 2003, 102], [101, 2016, 102, 0]]),
+        torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        torch.tensor([[0.0, 1, 0, 0], [0, 1, 0, 0]]),
+        torch.arange(2),
+    )
+    found = hidden_states(model, batch)
+    alone = Batch(*(part[1:, :3] for part in batch[:3]), batch.index[1:])
+    torch.testing.assert_close(found[:, 1:, :3], hidden_states(model, alone))
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(hidden_states(model, batch), found)
