@@ -412,15 +412,10 @@ def test_importing_reports_does_not_import_torch() -> None:
 
 
 def test_the_report_notebook_shows_the_folder_it_is_given(results: Path, tmp_path: Path) -> None:
-    import nbformat
     import papermill
 
     notebook = Path(__file__).parents[1] / "nbs" / "reports" / "movement.ipynb"
-    cells = nbformat.read(notebook, as_version=4).cells
-    assert [c.source for c in cells if "parameters" in c.metadata.get("tags", [])] == [
-        'results: str = ""  # folder of the runs; empty = the demo runs kept with the project, if '
-        "any"
-    ]
+    assert list(papermill.inspect_notebook(notebook)) == ["results"]
     done = papermill.execute_notebook(
         notebook,
         tmp_path / "movement.ipynb",
