@@ -36,7 +36,7 @@ export: .venv/dev.done
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
 refresh: export
-	@OMP_NUM_THREADS=2 $(BIN)/nbdev-test --save --n-workers 0
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/nbdev-test --save --n-workers 2
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python docs/readme.py
 

@@ -142,5 +142,5 @@ def main() -> None:
         sys.exit(f"pruning_bias: {error}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     main()

@@ -71,7 +71,7 @@ def fit(
     loss_fn: Callable[[Any], dict[str, Tensor]],  # scalars on the device, 'loss' among them
     optimizer: Optimizer,
     *,
-    steps: int,
+    steps: int,  # optimizer steps
     before_step: Callable[[int], dict | None] | None = None,  # may return values to log
     every: int = 10,  # steps between rows
     autocast: torch.dtype | None = None,  # bfloat16 where it pays; None is float32
