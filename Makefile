@@ -42,6 +42,7 @@ refresh: export
 
 keep:
 	@test -d results/local/$(PROFILE) || { echo "no results/local/$(PROFILE): make reproduce PROFILE=$(PROFILE) first"; exit 1; }
+	@! grep -l -e '-dirty"' results/local/$(PROFILE)/*/*/environment.json || { echo "made from uncommitted code: run these again first"; exit 1; }
 	rm -rf results/reference/$(PROFILE) && mkdir -p results/reference
 	cp -r results/local/$(PROFILE) results/reference/ && rm -rf results/reference/$(PROFILE)/*/*.failed
 
@@ -56,5 +57,6 @@ clean:
 
 .venv/%.done: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing pruning-bias[$*] into .venv (a minute or two, once)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -186,7 +187,7 @@ def load_encoder(
         tokenizer = AutoTokenizer.from_pretrained(place)
         if model is None:
             model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"no encoder {name!r}: neither `packaged`, `tiny`, a local folder with safetensors "
             f"weights, nor a model that the hub gave ({str(error).splitlines()[0]})"
@@ -194,6 +195,8 @@ def load_encoder(
     finally:
         if bars:
             logging.enable_progress_bar()
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{source} has no vocabulary: save its tokenizer there as well")
     model.config.name_or_path = name  # and not the folder that it came from here
     anatomy(model)  # an unknown family is refused here, before anything is computed with it
     return Encoder(model.to(device).eval().requires_grad_(False), tokenizer, source)

@@ -126,9 +126,14 @@ def official_tests() -> list[AssociationTest]:
 def read_sets(path: Path) -> dict[str, dict]:
     """One file of the official layout."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        sets = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no association test: {error}") from error
+    if not isinstance(sets, dict):
+        raise ValueError(
+            f"{path} is no association test: expected an object with targ1, targ2, ..."
+        )
+    return sets
 
 
 def choose_tests(

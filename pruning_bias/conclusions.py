@@ -107,7 +107,7 @@ def drift_size(
     drift, control = cell.mean("drift"), cell.mean("drift", "random")
     weighted = alpha * cell.mean("bias", "before")
     if control > 0:
-        ratio, limits, what = drift / control, (1.0, 2.0), "that of the random controls"
+        ratio, limits, what = drift / control, (0.5, 1.0), "that of the random controls"
     elif weighted > 0:
         ratio, limits = beta * drift / weighted, (0.1, 1.0)
         what = "the bias there was, as the loss weighs them"

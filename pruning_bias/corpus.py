@@ -64,7 +64,7 @@ def read_lexicon(
             raise ValueError(
                 f"no word list {path}; a lexicon folder holds male, female and stereotype.txt"
             )
-        lists[kind] = frozenset(word for line in lines(path) if (word := line.strip()))
+        lists[kind] = frozenset(word for line in lines(path) if (word := line.strip().lower()))
     return Lexicon(**lists)
 
 # %% ../nbs/07_corpus.ipynb #c4781ee4

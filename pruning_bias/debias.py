@@ -50,7 +50,8 @@ def word_states(
 ) -> tuple[Tensor, Tensor]:  # [L, N, D] with N = B, and their weights, all 1
     """The mean state of a sentence's found words."""
     words = batch.words.to(states.dtype)
-    mean = torch.einsum("lbtd,bt->lbd", states, words) / words.sum(1)[:, None]
+    with torch.autocast(states.device.type, enabled=False):  # a statistic: never in bfloat16
+        mean = torch.einsum("lbtd,bt->lbd", states, words) / words.sum(1)[:, None]
     return mean, torch.ones_like(words[:, 0])
 
 # %% ../nbs/09_debias.ipynb #7425feab
@@ -82,7 +83,8 @@ def orthogonality(
     squared_sum: bool = False,  # as in the published code
 ) -> Tensor:  # scalar >= 0
     """Mean squared inner product of states with the prototypes (eq. 1)."""
-    d = torch.einsum("lnd,lgd->lng", states, prototypes)
+    with torch.autocast(states.device.type, enabled=False):  # a loss: never in bfloat16
+        d = torch.einsum("lnd,lgd->lng", states, prototypes)
     rows = d.sum(-1).square() if squared_sum else d.square().sum(-1)
     return (rows * weights).sum() / (weights.sum() * len(states))
 

@@ -29,8 +29,8 @@ class Batch(NamedTuple):
     index: Tensor  # [B] int64, which sentences these are
 
     def to(self, device: str | torch.device) -> "Batch":
-        """The same batch on another device."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        """The same batch on another device; the index stays, nobody has to wait for it."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self[:3]), self.index)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from .executors import execute_all
 from .notebooks import check_notebook
 from .reports import write_report
 from .runs import BlockMovement, DebiasOnly, HeadMovement, Run
-from .settings import Settings, find_data, load_settings, project_root, write_atomic
+from pruning_bias.settings import (
+    Settings,
+    data_folder,
+    find_data,
+    load_settings,
+    project_root,
+    write_atomic,
+)
 
 # %% ../nbs/21_reproduce.ipynb #2ac05343
 def common(settings: Settings) -> dict[str, str | int]:
@@ -95,8 +102,11 @@ def reproduce(
         known = ", ".join(f"PAPER={p} PROFILE={q}" for p, q in PROFILES)
         raise ValueError(f"no PAPER={paper} PROFILE={profile}; there are {known}")
     settings = settings or load_settings()
-    root = project_root() / settings.results / profile
+    root = project_root() / Path(settings.results).expanduser() / profile
     runs = PROFILES[paper, profile](settings)
+    for corpus in {run.corpus for run in runs} - {"synthetic", "news-commentary"}:
+        if not (Path(corpus).is_file() or find_data(corpus)):  # refused once, not by every run
+            raise ValueError(f"no corpus {corpus!r} in the data folder {data_folder()}")
     done = execute_all(runs, root)
     if not (done.finished or done.skipped):
         print("no run finished; nothing to report", file=sys.stderr)
@@ -138,7 +148,7 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         sys.exit(reproduce(asked.paper, asked.profile))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"pruning_bias: {error}")
 
 

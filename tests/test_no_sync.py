@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning_bias.anatomy import load_encoder
 from pruning_bias.benchmarks import builtin_tests
-from pruning_bias.debias import Teacher, hidden_states
+from pruning_bias.debias import Teacher, hidden_states, orthogonality
 from pruning_bias.fidelity import Fidelity
 from pruning_bias.gates import ThresholdGate
 from pruning_bias.movement import Debiasing
@@ -44,7 +44,8 @@ def test_the_probe_sees_a_wait() -> None:
 @pytest.mark.parametrize("fidelity", ["equations", "published_code"])
 @pytest.mark.parametrize("mode", ["token", "sentence"])
 @pytest.mark.parametrize("what", ["heads", "blocks"])
-def test_no_step_waits(what: str, mode: str, fidelity: str) -> None:
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_no_step_waits(what: str, mode: str, fidelity: str, room: int) -> None:
     encoder = load_encoder("tiny")
     model, switches = encoder.model, Fidelity.parse(fidelity)
     plans: dict[str, Plan] = {
@@ -59,13 +60,14 @@ def test_no_step_waits(what: str, mode: str, fidelity: str) -> None:
 
     text = read_classes(encoder.tokenizer, "synthetic", "builtin", limit=40, seed=0)
     debiasing = Debiasing(
-        model, encoder.tokenizer, Teacher(teach, room=0), text, builtin_tests()[:1],
+        model, encoder.tokenizer, Teacher(teach, room=room), text, builtin_tests()[:1],
         layer="all", mode=mode, alpha=0.2, beta=0.8, fidelity=switches,
     )  # fmt: skip
     pairs = debiasing.pairs(8, torch.Generator().manual_seed(0))
     optimizer = SGD(subnetwork.parameters(), lr=1.0)
     for step in range(3):
         pair = next(pairs)  # made on the host, of host arrays
+        assert pair[1].to("meta").index.device.type == "cpu"  # the teacher reads it
         with Asks() as asks:
             subnetwork.set_threshold_(cubic(step, 3, 0.0, 0.1))
             losses = debiasing.losses(pair, debiasing.fixed)
@@ -75,3 +77,12 @@ def test_no_step_waits(what: str, mode: str, fidelity: str) -> None:
             optimizer.step()
         assert asks.found == []
         optimizer.zero_grad()
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, a = (torch.randn(2, 8, 16, generator=generator) for _ in range(2))
+    weights = torch.ones(8)
+    exact = orthogonality(states, a[:, :2], weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonality(states, a[:, :2], weights), exact)

@@ -243,7 +243,7 @@ def test_the_interval_is_students_over_the_seeds_each_against_its_own_controls(
 
 def test_conclusions_are_plain_about_harm_and_drift(results: Path) -> None:
     heads, blocks, debias = conclusions(load_results(results)).to_dict("records")
-    assert "helps on builtin-6; makes worse: builtin-7; drift is small, 0.60" in heads["headline"]
+    assert "helps on builtin-6; makes worse: builtin-7; drift is moderate, 0.60" in heads["headline"]
     assert "falls by 0.50 (36%) in 3 of 3 seeds" in heads["test_6"]
     assert "(0 of 6 draws are as near to zero)" in heads["test_6"]
     assert "builtin-7 rises (0.30 → 0.91)" in heads["others"]
@@ -257,7 +257,7 @@ def test_conclusions_are_plain_about_harm_and_drift(results: Path) -> None:
 
 
 def test_drift_has_three_sizes(tmp_path: Path) -> None:
-    for drift, size in ((1.0, "small"), (1.5, "moderate"), (2.5, "large")):
+    for drift, size in ((0.5, "small"), (0.8, "moderate"), (2.5, "large")):
         folder = tmp_path / size
         control = [measured(1.4, 0.3, 19.0, 1.0)]
         leave_run(folder, HeadMovement(), measured(1.0, 0.3, 9.0, drift), control)

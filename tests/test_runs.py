@@ -536,6 +536,7 @@ def drive(place: Path, executor: str, *listed: Fault, **options) -> subprocess.P
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     where = Path(sys.argv[2])
     these = [Fault(**each) for each in json.loads((where / "list.json").read_text())]
     outcome = execute_all(these, where / "results", sys.argv[1], slots=2, retries=0)
