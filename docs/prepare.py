@@ -79,9 +79,10 @@ class Converter:
                     yield parameters(text, folded=injected and "parameters" in tags)
                 elif text:
                     exports = "export" in told and module
-                    yield from self.code(cell, text, module if exports else None)
+                    hidden = told.get("echo") == "false"
+                    yield from self.code(cell, text, module if exports else None, hidden)
 
-    def code(self, cell: dict, text: str, module: str | None) -> Iterator[dict]:
+    def code(self, cell: dict, text: str, module: str | None, hidden: bool) -> Iterator[dict]:
         """A code cell; what it exports is told by its signatures, the source folded below."""
         nodes, folded = ast.parse(text).body if module else [], False
         for node in nodes:
@@ -94,7 +95,7 @@ class Converter:
         for output in outputs:
             if "data" in output:
                 output["data"] = {k: v for k, v in output["data"].items() if k in SHOWN}
-        tags = {"tags": ["hide-input"] if folded else []}
+        tags = {"tags": ["remove-input"] if hidden else ["hide-input"] if folded else []}
         yield cell | {"source": text, "outputs": outputs, "metadata": tags}
 
     def prose(self, text: str, page: str) -> str:
