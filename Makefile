@@ -24,7 +24,7 @@ test: .venv/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: .venv/dev.done
-	@$(BIN)/python docs/build.py && echo "site: _docs/index.html"
+	@$(BIN)/python docs/build.py
 
 lab: .venv/lab.done
 	@$(BIN)/jupyter lab nbs
