@@ -71,8 +71,8 @@ def _slots(jobs: list[Job], slots: int, gpus_per_run: float) -> list[dict[str, s
     """The environment of each slot."""
     devices = {job.parameters.get("device", "cpu") for job in jobs}
     gpus = _gpus() if devices - {"cpu"} else []
-    if devices == (named := {device for device in devices if device.startswith("cuda:")}) and named:
-        return [{}] * (slots or max(1, int(len(named) / gpus_per_run)))
+    if devices and all(device.startswith("cuda:") for device in devices):  # each names its own
+        return [{}] * (slots or max(1, int(len(devices) / gpus_per_run)))
     if gpus:
         count = slots or max(1, int(len(gpus) / gpus_per_run))
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]

@@ -243,7 +243,9 @@ def test_the_interval_is_students_over_the_seeds_each_against_its_own_controls(
 
 def test_conclusions_are_plain_about_harm_and_drift(results: Path) -> None:
     heads, blocks, debias = conclusions(load_results(results)).to_dict("records")
-    assert "helps on builtin-6; makes worse: builtin-7; drift is moderate, 0.60" in heads["headline"]
+    assert (
+        "helps on builtin-6; makes worse: builtin-7; drift is moderate, 0.60" in heads["headline"]
+    )
     assert "falls by 0.50 (36%) in 3 of 3 seeds" in heads["test_6"]
     assert "(0 of 6 draws are as near to zero)" in heads["test_6"]
     assert "builtin-7 rises (0.30 → 0.91)" in heads["others"]

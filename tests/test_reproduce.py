@@ -36,7 +36,9 @@ def test_a_missing_corpus_is_refused_before_any_run(
 ) -> None:
     settings = Settings(**{**load_settings().model_dump(), "results": str(tmp_path / "results")})
     monkeypatch.setenv("PRUNING_BIAS_DATA", str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"no corpus 'corpora/brown.txt.gz' in the data folder"):
+    with pytest.raises(
+        ValueError, match=r"no corpus at 'corpora/brown.txt.gz', nor in the data folder"
+    ):
         command.reproduce("movement", "brown", settings)
     assert not (tmp_path / "results").exists()
 
