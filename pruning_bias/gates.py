@@ -132,19 +132,20 @@ class HardConcreteGate(nn.Module):
 
     def forward(self) -> Tensor:
         """z, [R, C] in [0, 1]; noisy in training mode."""
-        noise = self.noise if self.training else 0.0
-        s = torch.sigmoid((self.scores + noise) / self.temperature)
-        return (s * (self.upper - self.lower) + self.lower).clamp(0, 1)
+        noisy = (self.scores + self.noise) / self.temperature
+        return self._stretch(noisy if self.training else self.scores).clamp(0, 1)
 
     def keep(self) -> Tensor:
         """Groups whose noiseless gate is not exactly closed, bool [R, C]."""
-        s = torch.sigmoid(self.scores / self.temperature)
-        return s * (self.upper - self.lower) + self.lower > 0
+        return self._stretch(self.scores) > 0
 
     def penalty(self) -> Tensor:
         """Mean probability that a gate is not closed, P(z != 0), scalar."""
         shift = self.temperature * math.log(-self.lower / self.upper)
         return torch.sigmoid(self.scores - shift).mean()
+
+    def _stretch(self, level: Tensor) -> Tensor:
+        return torch.sigmoid(level) * (self.upper - self.lower) + self.lower
 
 # %% ../nbs/02_gates.ipynb #8e9f4767
 class FixedGate(nn.Module):
