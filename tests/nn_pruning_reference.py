@@ -90,8 +90,8 @@ class Patched:
         """The threshold of the next forward."""
         return self.coordinator.patcher_context.get_context_data("threshold")
 
-    @threshold.setter
-    def threshold(self, threshold: float) -> None:
+    def set_threshold_(self, threshold: float) -> None:
+        """Set it by hand: for topK it is the share that stays open."""
         self.coordinator.patcher_context.set_context_data("threshold", threshold)
 
     def penalty(self) -> Tensor:
