@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 # %% ../nbs/00_fidelity.ipynb #7c2c1e78
 @dataclass(frozen=True)
 class Fidelity:
-    """Switches; False is the equation, True the published code of Joniak and Aizawa (2022)."""
+    """Switches; False is the equation, True what a published code computes instead."""
 
     squared_sum: bool = False  # square the sum over the two prototypes, not each term and then sum
     padded_states: bool = False  # sentence mode pads to 128 pieces and averages over the padding
@@ -24,6 +24,8 @@ class Fidelity:
     constant_rate: bool = False  # the learning rate never decays
     folded_epsilon: bool = False  # Adam adds epsilon 1e-6 before it corrects the second moment
     output_columns: bool = False  # "value only" closes columns of the attention output as well
+    lost_ties: bool = False  # scores tied between query, key and value part when a model is moved
+    squared_mean: bool = False  # square the mean over the states: Kaneko and Bollegala's script
 
     @classmethod
     def parse(
@@ -38,7 +40,7 @@ class Fidelity:
                 f"fidelity is {text!r}; expected 'equations' or 'published_code', then any of "
                 + ", ".join(f"+{name}" for name in names)
             )
-        switches = dict.fromkeys(names, start == "published_code")
+        switches = dict.fromkeys(names, start == "published_code") | {"squared_mean": False}
         for change in changes:
             if change[1:] not in names:
                 raise ValueError(

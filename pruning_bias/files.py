@@ -44,10 +44,10 @@ def save(
         raise ValueError("a subnetwork of weight differences has a file of its own kind")
     tensors = {}
     for name, gate in subnetwork.gates.items():
-        z = gate().detach()
-        if not torch.equal(z, gate.keep().to(z.dtype)):
-            raise ValueError(f"gate {name!r} is neither open nor closed: fix it first")
+        z = gate().detach().cpu()
         tensors[f"{name}.keep"] = gate.keep().cpu()
+        if not torch.equal(z, tensors[f"{name}.keep"].to(z.dtype)):
+            tensors[f"{name}.values"] = z.contiguous()  # neither open nor closed
         if hasattr(gate, "scores"):
             tensors[f"{name}.scores"] = gate.scores.detach().cpu().contiguous()
     plan = {name: [_site_json(site) for site in sites] for name, sites in subnetwork.plan.items()}
@@ -71,8 +71,7 @@ def load(
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            names = [name for name in file.keys() if name.endswith(".keep")]  # noqa: SIM118
-            keep = {name.removesuffix(".keep"): file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if missing := {"plan", "base", "base_sha256"} - about.keys():
@@ -87,7 +86,11 @@ def load(
             name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
             for name, sites in json.loads(about["plan"]).items()
         }
-        return attach_(model, plan, lambda name, shape: FixedGate(keep[name]))
+        return attach_(
+            model,
+            plan,
+            lambda name, shape: FixedGate(tensors.get(f"{name}.values", tensors[f"{name}.keep"])),
+        )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its plan does not fit its masks or the model: {error}"

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import AssociationTest, seat
-from .debias import Teacher, debias_loss, measure, prototypes
+from .debias import Teacher, debias_loss, measure, pool, prototypes
 from .encoding import Batch, Encoded, batches, in_order
 from .fidelity import Fidelity
 from .texts import divide
-from .training import fold_epsilon_, linear, set_rate_
+from .training import fold_epsilon_, linear
 
 # %% ../nbs/13_movement.ipynb #7ad22152
 @dataclass
@@ -40,12 +40,17 @@ class Debiasing:
     train: dict[str, np.ndarray] = field(init=False)  # sentences for training
     held: dict[str, np.ndarray] = field(init=False)  # and for measuring
     fixed: Tensor = field(init=False)  # [L, 2, D], prototypes of the encoder as it came
+    start: Tensor = field(init=False)  # the same, as the run's fidelity has them
 
     def __post_init__(self) -> None:
         self.train, self.held = divide(self.text)
-        self.fixed = self.prototypes()
+        self.fixed = self.prototypes(pooled=False)
+        self.start = pool(self.fixed) if self.fidelity.pooled_prototypes else self.fixed
 
-    def prototypes(self) -> Tensor:  # [L, 2, D]
+    def prototypes(
+        self,
+        pooled: bool | None = None,  # None: as the run's fidelity says
+    ) -> Tensor:  # [L, 2, D]
         """Gender prototypes of the encoder as it is now, without dropout."""
         was = self.model.training
         self.model.eval()
@@ -53,7 +58,8 @@ class Debiasing:
             (batch.to(self.model.device) for batch in in_order(self.text, self.train[kind]))
             for kind in ("male", "female")
         )
-        both = prototypes(self.model, male, female, self.layer, self.fidelity.pooled_prototypes)
+        pooled = self.fidelity.pooled_prototypes if pooled is None else pooled
+        both = prototypes(self.model, male, female, self.layer, pooled)
         self.model.train(was)
         return both
 
@@ -99,12 +105,13 @@ class Debiasing:
     def set_rate_(
         self,
         optimizer: Optimizer,
-        rate: float,  # at the start of the run
         step: int,
         steps: int,
     ) -> None:
-        """The learning rate of a step, and the epsilon of the published optimizer."""
-        set_rate_(optimizer, rate * (1.0 if self.fidelity.constant_rate else linear(step, steps)))
+        """The learning rates of a step, and the epsilon of the published optimizer."""
+        factor = 1.0 if self.fidelity.constant_rate else linear(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         if self.fidelity.folded_epsilon:
             fold_epsilon_(optimizer, step)
 
@@ -113,7 +120,7 @@ class Debiasing:
         state: str,  # before, after or random
         draw: int = 0,  # which random control
     ) -> list[dict]:  # rows of metrics.json: state, draw, metric, test, value, p_value
-        """SEAT, and bias and drift on held-out sentences against the prototypes of the start."""
+        """SEAT, and on held-out sentences bias and drift as the equations have them."""
         rows = [
             {
                 "metric": "effect_size",
@@ -131,7 +138,6 @@ class Debiasing:
             self.fixed,
             layer=self.layer,
             mode=self.mode,
-            fidelity=self.fidelity,
         )
         rows += [{"metric": name, "value": value} for name, value in measured.items()]
         return [{"state": state, "draw": draw} | row for row in rows]

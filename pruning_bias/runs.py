@@ -87,9 +87,6 @@ class Movement(Run):
     batch_size: int = parameter(8, "targets per step, and as many attributes", at_least=1)
     alpha: float = parameter(0.2, "weight of the bias term", at_least=0)
     beta: float = parameter(0.8, "weight of the drift term", at_least=0)
-    objective: Literal["paper", "kaneko_script"] = parameter(
-        "paper", "bias term: of the paper, or of Kaneko and Bollegala's script"
-    )
     benchmarks: Literal["builtin", "official", "both"] = parameter(
         "builtin", "association tests: builtin, official or both"
     )
