@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .associations import association_tests
+from .encoding import alike
 from .settings import fetch, find_data
 
 # %% ../nbs/13_benchmarks.ipynb #cdb05ec4
@@ -160,10 +161,8 @@ def embed(
     """The first piece's last hidden state of each text."""
     unique = list(dict.fromkeys(texts))
     ids = tokenizer(unique, truncation=True, max_length=128)["input_ids"]
-    order = sorted(range(len(unique)), key=lambda i: len(ids[i]))
     found: dict[str, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
+    for some in alike(np.array([len(row) for row in ids]), batch_size):
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
         states = model(**inputs.to(model.device)).last_hidden_state[:, 0].float().cpu()
         found |= {unique[i]: state for i, state in zip(some, states, strict=True)}
