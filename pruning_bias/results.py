@@ -22,14 +22,15 @@ if TYPE_CHECKING:  # imported where it is used: a worker needs no pandas
 def leave(
     folder: Path,  # the run's folder
     metrics: list[dict[str, Any]],  # flat rows: metric, value, and what they are of
-    history: list[dict[str, float]],  # rows of the training, all with the same keys
+    history: list[dict[str, float]],  # rows of the training, all with the same keys; may be empty
     **about: str,  # goes into environment.json
 ) -> None:
-    """Write what a run found: metrics.json, history.csv, environment.json."""
-    with open(folder / "history.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]) if history else [])
-        writer.writeheader()
-        writer.writerows(history)
+    """Write what a run found: metrics.json, history.csv if it trained, environment.json."""
+    if history:
+        with open(folder / "history.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
     write_atomic(folder / "environment.json", json.dumps(about, indent=1))
     rows = [{name: _number(value) for name, value in row.items()} for row in metrics]
     write_atomic(folder / "metrics.json", json.dumps(rows, indent=1))
