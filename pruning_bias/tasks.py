@@ -179,25 +179,24 @@ def fine_tune(
     data: EncodedTask,
     dev: EncodedTask,  # measured after every epoch
     *,
-    epochs: int = 3,
+    epochs: int = 3,  # passes over the examples
     learning_rate: float = 2e-5,  # the highest, at the end of the warm-up
-    batch_size: int = 32,
+    batch_size: int = 32,  # examples per step
     warmup: float = 0.1,  # share of the steps
     weight_decay: float = 0.0,  # of matrices
-    clip: float = 1.0,  # largest norm of the gradient
     seed: int = 0,  # of order and dropout
     autocast: torch.dtype | None = None,  # bfloat16 where it pays; None is float32
 ) -> list[dict[str, float]]:  # a row per epoch: step, epoch, training loss, dev's figures
     """Train encoder and head on a task; the same seed gives the same bytes."""
     device = classifier.out.weight.device
-    optimizer = _optimizer(classifier, weight_decay, clip)
+    optimizer = _optimizer(classifier, weight_decay)
     stream = batches(data, np.arange(len(data)), batch_size, torch.Generator().manual_seed(seed))
     epoch = max(1, len(data) // batch_size)
     steps, measured = epochs * epoch, []
 
     def before_step(step: int) -> dict[str, float]:
         if step and step % epoch == 0:
-            measured.append(evaluate_task(classifier, dev))
+            measured.append(_dev_figures(classifier, dev))
         set_rate_(optimizer, learning_rate * linear(step, steps, round(warmup * steps)))
         report_progress(step, steps)
         return {"epoch": step // epoch + 1}
@@ -220,14 +219,15 @@ def fine_tune(
             device=str(device),
         )
         classifier.eval()
-    measured.append(evaluate_task(classifier, dev))
-    return [
-        row | {f"dev {name}": value for name, value in found.items()}
-        for row, found in zip(rows, measured, strict=True)
-    ]
+    measured.append(_dev_figures(classifier, dev))
+    return [row | found for row, found in zip(rows, measured, strict=True)]
 
 
-def _optimizer(classifier: Classifier, weight_decay: float, clip: float) -> AdamW:
+def _dev_figures(classifier: Classifier, dev: EncodedTask) -> dict[str, float]:
+    return {f"dev {name}": value for name, value in evaluate_task(classifier, dev).items()}
+
+
+def _optimizer(classifier: Classifier, weight_decay: float, clip: float = 1.0) -> AdamW:
     """AdamW that decays matrices only and clips the gradient before each step."""
     trained = [p for p in classifier.parameters() if p.requires_grad]
     groups = [
