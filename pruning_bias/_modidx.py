@@ -133,6 +133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'pruning_bias.debias.word_states': ('debias.html#word_states', 'pruning_bias/debias.py')},
             'pruning_bias.edits': { 'pruning_bias.edits.GatedLinear': ('edits.html#gatedlinear', 'pruning_bias/edits.py'),
                                     'pruning_bias.edits.GatedLinear.__init__': ('edits.html#gatedlinear.__init__', 'pruning_bias/edits.py'),
+                                    'pruning_bias.edits.GatedLinear._active': ('edits.html#gatedlinear._active', 'pruning_bias/edits.py'),
                                     'pruning_bias.edits.GatedLinear.folded': ('edits.html#gatedlinear.folded', 'pruning_bias/edits.py'),
                                     'pruning_bias.edits.GatedLinear.forward': ('edits.html#gatedlinear.forward', 'pruning_bias/edits.py'),
                                     'pruning_bias.edits.Masked': ('edits.html#masked', 'pruning_bias/edits.py'),

@@ -128,7 +128,7 @@ class GatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W'x + b', [..., in] -> [..., out]; the dense map if no subnetwork is on."""
-        edits = [edit for edit in self.edits if edit.owner.on]
+        edits = self._active()
         weight, bias = self.weight, self.bias
         for edit in edits:
             x, weight, bias = edit.before(x, weight, bias)
@@ -140,9 +140,14 @@ class GatedLinear(nn.Linear):
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that an ordinary linear map would need."""
         weight, bias = self.weight, self.bias
-        for edit in (edit for edit in self.edits if edit.owner.on):
+        for edit in self._active():
             weight, bias = edit.fold(weight, bias)
         return weight, bias
+
+    def _active(self) -> list[Masked | Shifted]:
+        edits = [edit for edit in self.edits if edit.owner.on]
+        # what is closed is closed, whichever came first: a row is masked after the product
+        return sorted(edits, key=lambda edit: isinstance(edit, Masked))
 
 # %% ../nbs/04_edits.ipynb #da886b4d
 def plain(
