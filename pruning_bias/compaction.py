@@ -96,7 +96,7 @@ def cut_(
         for name, (dim, index) in _places(layer, found.head_size, h, u).items():
             cut = (keep_rows, keep_columns)[dim]
             model.set_submodule(name, cut(model.get_submodule(name), index.to(model.device)))
-        if not h:  # fused attention on a GPU divides by the number of heads; plain products do not
+        if not h:  # a fused kernel may divide by the number of heads, plain products do not
             attention = model.get_submodule(layer.value.rpartition(".")[0])
             attention.config = copy.deepcopy(attention.config)
             attention.config._attn_implementation = "eager"
@@ -111,7 +111,8 @@ def compact(
 ) -> PreTrainedModel:  # of the same class
     """A smaller model that computes what this one computes in evaluation mode."""
     small, found = dense_shaped(model), anatomy(model)
-    activation = ACT2FN[getattr(model.config, "hidden_act", None) or model.config.activation]
+    name = "activation" if found.family == "distilbert" else "hidden_act"
+    activation = ACT2FN[getattr(model.config, name)]
 
     def leave_out_(first: str, second: str, size: int, between: Callable) -> list[int]:
         maps = small.get_submodule(first), small.get_submodule(second)
@@ -140,11 +141,10 @@ def dense_shaped(
     dense = _fresh(type(model), config).to(device=model.device, dtype=model.dtype)
     for layer, heads, units in kept:
         for name, (dim, index) in _places(layer, found.head_size, heads, range(units)).items():
-            for part in ("weight", "bias")[: 2 - dim]:  # an output's bias has its full length
-                wide = torch.zeros_like(getattr(dense.get_submodule(name), part))
-                state[f"{name}.{part}"] = wide.index_copy(
-                    dim, index.to(wide.device), state[f"{name}.{part}"]
-                )
+            for part in ("weight",) if dim else ("weight", "bias"):  # columns have no bias
+                key = f"{name}.{part}"
+                wide = torch.zeros_like(dense.get_parameter(key))
+                state[key] = wide.index_copy(dim, index.to(wide.device), state[key])
     dense.load_state_dict(state)
     return dense.train(model.training)
 
@@ -172,7 +172,7 @@ def load_compact(
     try:
         if not (Path(folder) / "config.json").is_file():  # the name would be sought on the hub
             raise FileNotFoundError("no config.json")
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = getattr(transformers, config.architectures[0])
         if not issubclass(kind, PreTrainedModel) or not isinstance(config, kind.config_class):
             raise ValueError(f"{config.architectures[0]} is no model of {config.model_type}")
@@ -191,10 +191,10 @@ def sizes(
     model: PreTrainedModel,  # gated or dense
     small: PreTrainedModel,  # its compact form
     batches: Sequence[tuple[Tensor, ...]],  # ids and attention, [B, T] each, come first
-    rounds: int = 5,  # times that every batch is run through either model
+    rounds: int = 3,  # times that every batch is run through either model
 ) -> list[dict[str, Any]]:  # two rows per metric: before, after
     """Rows of parameters, megabytes and ms_per_sentence, dense and compact side by side."""
-    models = {"before": fold(model).train(small.training), "after": small}
+    models = {"before": dense_shaped(model).train(small.training), "after": small}
     batches = [(batch[0].to(small.device), batch[1].to(small.device)) for batch in batches]
     times = {state: [_milliseconds(m, batches[:1])] for state, m in models.items()}  # warm-up
     for _ in range(rounds):
