@@ -11,6 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -165,12 +166,25 @@ def execute_all(
     todo = [job for job in jobs.values() if not job.done]
     if not todo:
         return Report((), skipped, {})
-    if executor == "pool":
-        ended = _pool(todo, _slots(todo, slots, settings.gpus_per_run), retries)
-    else:
-        ended = _ray(todo, slots, retries, settings.ray_address, settings.gpus_per_run)
-    finished, failed = _collect(todo, ended, progress)
+    finished, failed = [], {}
+    for stage in _stages(todo):
+        if executor == "pool":
+            ended = _pool(stage, _slots(stage, slots, settings.gpus_per_run), retries)
+        else:
+            ended = _ray(stage, slots, retries, settings.ray_address, settings.gpus_per_run)
+        done, lost = _collect(stage, ended, progress)
+        finished, failed = finished + done, failed | lost
     return Report(tuple(finished), skipped, failed)
+
+
+def _stages(jobs: list[Job]) -> Iterator[list[Job]]:
+    """The jobs in turns: one that names another among its parameters comes after it."""
+    while jobs:
+        names = [f"{job.experiment}/{job.digest}" for job in jobs]
+        given = [" ".join(v for v in job.parameters.values() if isinstance(v, str)) for job in jobs]
+        ready = [not any(name in text for name in names) for text in given]
+        yield [job for job, now in zip(jobs, ready, strict=True) if now]
+        jobs = [job for job, now in zip(jobs, ready, strict=True) if not now]
 
 # %% ../nbs/20_executors.ipynb #50ee64ee
 def _collect(
@@ -178,10 +192,11 @@ def _collect(
 ) -> tuple[list[Path], dict[str, str]]:
     """Follow the jobs to their end, on one line of progress and a line for each that ended."""
     finished, failed = [], {}
-    values: dict[str, set] = {}
+    values: dict[str, Counter] = {}
     for job in jobs:
         for name, value in job.parameters.items():
-            values.setdefault(name, set()).add(value)
+            values.setdefault(name, Counter())[value] += 1
+    usual = {name: counter.most_common(1)[0][0] for name, counter in values.items()}
     bar = tqdm(total=len(jobs), desc="runs", file=sys.stderr, disable=not progress)
     with bar, closing(stream):
         for end in stream:
@@ -191,7 +206,8 @@ def _collect(
             job, error = end
             if error is None:
                 finished.append(job.folder)
-                told = [f"{k}={v}" for k, v in job.parameters.items() if len(values[k]) > 1]
+                own = job.parameters.items()
+                told = [f"{k}={v}" for k, v in own if v != usual[k] or k == "seed"]
                 took = f"{facts(job.folder)['seconds']:.1f} s"
                 line = " ".join([job.experiment, job.digest, *told, took])
             else:
