@@ -109,22 +109,20 @@ def patch_(
 ) -> Patched:
     """Put nn_pruning on a BERT as the published code did, at the final threshold."""
     theirs = patch_coordinator()
-    arguments = theirs.SparseTrainingArguments(
-        attention_pruning_method=method,
-        dense_pruning_method=f"{method}:1d_alt" if ffn else "disabled",
-        attention_output_with_dense=False,
-        attention_block_rows=rows,
-        attention_block_cols=cols,
-        **{
-            "initial_threshold": 0.0,
-            "final_threshold": 0.1,
-            "initial_warmup": 1,
-            "final_warmup": 10,
-            "regularization": "l1",
-            "linear_min_parameters": 0,
-            **settings,
-        },
-    )
+    published = {
+        "attention_pruning_method": method,
+        "dense_pruning_method": f"{method}:1d_alt" if ffn else "disabled",
+        "attention_output_with_dense": False,
+        "attention_block_rows": rows,
+        "attention_block_cols": cols,
+        "initial_threshold": 0.0,
+        "final_threshold": 0.1,
+        "initial_warmup": 1,
+        "final_warmup": 10,
+        "regularization": "l1",
+        "linear_min_parameters": 0,
+    }
+    arguments = theirs.SparseTrainingArguments(**(published | settings))
     coordinator = theirs.ModelPatchingCoordinator(arguments, "cpu", None, ["logits"], None)
     host = Host(model)
     coordinator.patch_model(host)

@@ -103,7 +103,9 @@ def test_export_is_in_sync_and_notebooks_are_clean(tmp_path: Path) -> None:
         subprocess.run([tools / command], cwd=tmp_path, check=True, capture_output=True)
     for part, ending in (("nbs", "*.ipynb"), ("pruning_bias", "*.py")):
         names = {
-            p.relative_to(ROOT) for p in (ROOT / part).rglob(ending) if "checkpoint" not in str(p)
+            p.relative_to(ROOT)
+            for p in (ROOT / part).rglob(ending)
+            if ".ipynb_checkpoints" not in str(p)
         }
         assert names == {p.relative_to(tmp_path) for p in (tmp_path / part).rglob(ending)}
         for name in names:
