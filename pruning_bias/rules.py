@@ -41,7 +41,7 @@ def gate_maker(
     model: PreTrainedModel,  # its weights decide, if the rule is magnitude
     plan: Plan,
     *,
-    initial_score: float = 0.0,
+    initial_score: float = 0.0,  # every score at the start
     norm: str = "l1",  # of the penalty: l1 or l0
 ) -> Callable[[str, tuple[int, int]], Gate]:  # gate name, [R, C] -> gate
     """What `attach_` asks for a gate of this rule; ValueError for an unknown one."""
