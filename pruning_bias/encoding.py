@@ -32,6 +32,10 @@ class Batch(NamedTuple):
         """The same batch on another device; the index stays, nobody has to wait for it."""
         return Batch(*(t.to(device, non_blocking=True) for t in self[:3]), self.index)
 
+    def rows(self, places: list[int]) -> "Batch":
+        """Some of its sentences, padded as before."""
+        return Batch(*(t[places] for t in self))
+
 
 @dataclass(frozen=True)
 class Encoded:

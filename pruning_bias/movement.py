@@ -47,22 +47,21 @@ class Debiasing:
 
     def __post_init__(self) -> None:
         self.train, self.held = divide(self.text)
-        self.fixed = self.prototypes(pooled=False)
+        # the teacher will be asked about these sentences in every epoch: it learns them here
+        self.fixed = prototypes(self.teacher, *self._gendered(), self.layer)
         self.start = pool(self.fixed) if self.fidelity.pooled_prototypes else self.fixed
 
-    def prototypes(
-        self,
-        pooled: bool | None = None,  # None: as the run's fidelity says
-    ) -> Tensor:  # [L, 2, D]
+    def _gendered(self) -> Iterator[Iterator[Batch]]:
+        for kind in ("male", "female"):
+            each = in_order(self.text, self.train[kind])
+            yield (batch.to(self.model.device) for batch in each)
+
+    def prototypes(self) -> Tensor:  # [L, 2, D]
         """Gender prototypes of the encoder as it is now, without dropout."""
         was = self.model.training
         self.model.eval()
-        male, female = (
-            (batch.to(self.model.device) for batch in in_order(self.text, self.train[kind]))
-            for kind in ("male", "female")
-        )
-        pooled = self.fidelity.pooled_prototypes if pooled is None else pooled
-        both = prototypes(self.model, male, female, self.layer, pooled)
+        pooled = self.fidelity.pooled_prototypes
+        both = prototypes(self.model, *self._gendered(), self.layer, pooled)
         self.model.train(was)
         return both
 
