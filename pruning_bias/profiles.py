@@ -19,7 +19,6 @@ from pruning_bias.movement_grid import (
     tasks,
     variants,
 )
-
 from .runs import Blindness, BlockMovement, DebiasOnly, HeadMovement, Run
 from .settings import Settings, find_data
 
@@ -62,7 +61,6 @@ def small(settings: Settings) -> list[Run]:
     machine, text, tests = common(settings), text_here(), {"benchmarks": tests_here()}
     shared = machine | text | tests | {"sentences": 160, "batch_size": 8}
     debias, closing = {"steps": 40}, {"steps": 40, "mask_learning_rate": 0.2, "random_draws": 2}
-    fewer = closing | {"random_draws": 1}
     fine = {"examples": 400, "epochs": 2, "learning_rate": 1e-4, "batch_size": 32}
     seeds, start = settings.seeds, shared | debias | LAST
     ways = [(DebiasOnly, debias | {"keep_weights": True})]
@@ -70,7 +68,7 @@ def small(settings: Settings) -> list[Run]:
     return [
         *grid(seeds, machine | text, (Blindness, {"sentences": 160})),
         *grid(seeds, shared, *everywhere(debias, closing)),
-        *grid(seeds, shared, *variants(debias, fewer, (64, 128, 384)), *audit(fewer)),
+        *grid(seeds, shared, *variants(debias, closing, (64, 128, 384)), *audit(closing)),
         *grid((17, 18, 19, 20, 42), start, (DebiasOnly, {"mode": "sentence"})),
         *[
             often_closed(grid(seeds, shared, (HeadMovement, closing | place)), machine | tests, 60)
