@@ -49,7 +49,7 @@ def everywhere(debias: dict, closing: dict) -> list[tuple[type[Run], dict]]:
 
 
 def variants(debias: dict, closing: dict, blocks: tuple[int, ...]) -> list[tuple[type[Run], dict]]:
-    """What is varied at the last layer in token mode."""
+    """The last layer in token mode, and what is varied there."""
     steps, rate = closing["steps"], closing["mask_learning_rate"]
     unfrozen = closing | debias | {"frozen": False, "steps": steps}
     heads = [
@@ -71,6 +71,8 @@ def variants(debias: dict, closing: dict, blocks: tuple[int, ...]) -> list[tuple
         {"rule": "l0", "initial_score": 2.0},
     ]
     return [
+        (HeadMovement, closing),
+        (BlockMovement, closing),
         *[(BlockMovement, closing | {"block": size}) for size in blocks],
         (BlockMovement, closing | {"mlp": False}),
         (BlockMovement, unfrozen),
