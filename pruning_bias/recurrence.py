@@ -16,12 +16,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from statsmodels.stats.multitest import multipletests
 
 from .averages import KEYS, configuration, movement_runs, places
 from .cells import each_configuration, number
 from .masks import closed_groups, common, fleiss_kappa, read_keep, value_heads
-from .stability import agreement, between, layer_excess
+from .stability import agreement, between, holm, layer_excess
 
 # %% ../nbs/17_recurrence.ipynb #7a7da598
 Keep = dict[str, np.ndarray]  # "3/value" -> bool [R, C], True is open
@@ -75,7 +74,7 @@ def agreements(
             )
     table = pd.DataFrame(rows)
     for p in ("p_value", "p_layer") if rows else ():
-        table[f"{p}_holm"] = multipletests(table[p], method="holm")[1]
+        table[f"{p}_holm"] = holm(table[p])
     return table
 
 
@@ -156,10 +155,10 @@ def _pairs(kind: str, named: Mapping[str, Mapping[str, np.ndarray]], draws: int)
     value, p = between(list(named.values()), draws)
     first, second = np.triu_indices(len(named))
     names, own = np.array(list(named)), first == second
-    holm = np.full(len(first), np.nan)
-    holm[~own] = multipletests(p[first, second][~own], method="holm")[1]
+    corrected = np.full(len(first), np.nan)
+    corrected[~own] = holm(p[first, second][~own])
     table = {"gates": kind, "one": names[first], "other": names[second]}
-    table |= {"correlation": value[first, second], "p_value": p[first, second], "p_holm": holm}
+    table |= {"correlation": value[first, second], "p_value": p[first, second], "p_holm": corrected}
     return pd.DataFrame(table)
 
 
