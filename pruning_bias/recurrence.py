@@ -125,21 +125,22 @@ def _sentence(row: Mapping) -> str:
         verdict = "the seeds agree on layers; within a layer it is no more than chance allows"
     where = ", ".join(map(str, row["layers"]))
     many = "s" * (len(row["layers"]) > 1)
-    stand = f"; most of it in layer{many} {where}" if where else ""
+    stand = f"; closed beyond chance: layer{many} {where}" if where else ""
     return f"{start}: {verdict}{stand}."
 
 # %% ../nbs/17_recurrence.ipynb #d803db04
 def agreement_matrix(
     root: Path | str,  # folder of the results
     frame: pd.DataFrame,  # from load_results
-    draws: int = 10_000,  # permutations
+    draws: int = 10_000,  # permutations, at least
 ) -> pd.DataFrame:  # gates, one, other, correlation, p_value, p_holm: a row per pair, and per own
     """Whether configurations close the same groups; empty with fewer than two."""
     kinds: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, masks in masks_of(root, frame).items():
         masks = [value_heads(keep) or _attention(keep) for keep in masks]
         parts = closed_groups(masks)
-        groups, layers = sum(each[0].size for each in parts.values()), len(parts["value"][0])
+        groups = sum(each[0].size for each in parts.values())
+        layers = len(next(iter(parts.values()))[0])
         kind = "value heads" if len(parts) == 1 else "attention blocks"
         kinds.setdefault(f"{groups} {kind} in {layers} layers", {})[name] = parts
     tables = [_pairs(kind, each, draws) for kind, each in kinds.items() if len(each) > 1]
@@ -152,7 +153,8 @@ def _attention(keep: Keep) -> Keep:
 
 def _pairs(kind: str, named: Mapping[str, Mapping[str, np.ndarray]], draws: int) -> pd.DataFrame:
     """One kind of gates: the pairs of its configurations, and each with itself."""
-    value, p = between(list(named.values()), draws)
+    pairs = len(named) * (len(named) - 1) // 2  # enough draws for Holm's correction over them
+    value, p = between(list(named.values()), max(draws, 40 * pairs))
     first, second = np.triu_indices(len(named))
     names, own = np.array(list(named)), first == second
     corrected = np.full(len(first), np.nan)
