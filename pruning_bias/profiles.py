@@ -62,18 +62,17 @@ def demo(settings: Settings) -> list[Run]:
 def small(settings: Settings) -> list[Run]:
     """The paper's grid, shrunk: 120 sentences of each class, 32 steps; what varies on our text."""
     machine, tests = common(settings), {"benchmarks": tests_here()}
-    shared = machine | text_here() | tests | {"sentences": 120, "batch_size": 8}
+    shared = machine | text_here() | tests | {"sentences": 120, "batch_size": 6}
     ours = shared | BUILTIN
     debias = {"steps": 32, "learning_rate": 1e-4}
-    closing = {"steps": 32, "mask_learning_rate": 0.25, "random_draws": 2}
-    once = closing | {"random_draws": 1}
+    closing = {"steps": 32, "mask_learning_rate": 0.25, "random_draws": 1}
     fine = {"examples": 300, "epochs": 2, "learning_rate": 1e-4, "batch_size": 32}
     seeds, start = settings.seeds, ours | debias | LAST
-    debiased = grid(seeds, start, (DebiasOnly, {"keep_weights": True}), (HeadMovement, once))
+    debiased = grid(seeds, start, (DebiasOnly, {"keep_weights": True}), (HeadMovement, closing))
     return [
         *grid(seeds, machine | text_here(), (Blindness, {"sentences": 120})),
         *grid(seeds, shared, *everywhere(debias, closing)),
-        *grid(seeds, ours, *variants(debias, once, (64, 128, 384)), *audit(once)),
+        *grid(seeds, ours, *variants(debias, closing, (64, 128, 384)), *audit(closing)),
         *grid((17, 18, 19, 20, 42), start, (DebiasOnly, {"mode": "sentence"})),
         *[
             often_closed(grid(seeds, shared, (HeadMovement, closing | place)), machine | tests, 60)

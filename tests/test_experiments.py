@@ -1,6 +1,7 @@
 """The experiments' notebooks: every choice runs, bad ones are refused, a killed run is the same."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,32 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
+import transformers
 
+from pruning_bias.anatomy import load_encoder
 from pruning_bias.execution import RunFailed, execute, job_of
 from pruning_bias.executors import execute_all
 from pruning_bias.results import load_results
-from pruning_bias.runs import BlockMovement, DebiasOnly, HeadMovement, Run, parameters
-from pruning_bias.settings import project_root
+from pruning_bias.runs import (
+    Blindness,
+    BlockMovement,
+    DebiasOnly,
+    FineTuning,
+    HeadMovement,
+    OftenClosed,
+    Run,
+    digest,
+    parameters,
+)
+from pruning_bias.sources import open_encoder
+from pruning_bias.subnetworks import subnetworks
 
 matplotlib.use("Agg")
 
 
 def in_process(run: Run) -> dict[str, Any]:
     """The names a run's notebook ends with; its cells are run here, where torch is imported."""
-    name = {
-        DebiasOnly: "debias_only",
-        HeadMovement: "head_movement",
-        BlockMovement: "block_movement",
-    }
-    notebook = nbformat.read(project_root() / f"nbs/experiments/{name[type(run)]}.ipynb", 4)
+    path = Path(job_of(run, None).notebook)
     names: dict[str, Any] = {}
-    for cell in notebook.cells:
+    for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, name[type(run)], "exec"), names)
+            exec(compile(cell.source, path.stem, "exec"), names)
         if "parameters" in cell.metadata.get("tags", []):
             names.update(parameters(run))
+    plt.close("all")
     return names
 
 
@@ -50,6 +62,13 @@ CHOICES = [
     BlockMovement(block=16, layer="all"),
     BlockMovement(block=64, mlp=False, fidelity="published_code", layer="intermediate"),
     BlockMovement(layer="first", mode="sentence", random_draws=0),
+    BlockMovement(frozen=False, warmup=2, cooldown=2),
+    HeadMovement(frozen=False, fidelity="equations+dropout", mode="sentence"),
+    HeadMovement(rule="threshold", initial_score=1.0, final_threshold=0.5),
+    HeadMovement(rule="topk", initial_threshold=1.0, final_threshold=0.5, mlp=True),
+    BlockMovement(rule="l0", initial_score=1.0, norm="l0"),
+    HeadMovement(rule="l0", heads="separate", layer="all", mode="sentence"),
+    HeadMovement(heads="tied", fidelity="equations+lost_ties+squared_mean"),
 ]
 
 
@@ -67,6 +86,63 @@ def test_every_choice_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drifts["before"] < 1e-6
     if isinstance(run, DebiasOnly):
         assert drifts["after"] > 0
+
+
+def test_magnitude_keeps_the_largest_and_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRUNING_BIAS_RUN_FOLDER", raising=False)
+    names = in_process(HeadMovement(rule="magnitude", initial_threshold=1.0, final_threshold=0.5))
+    assert names["history"] == []
+    for name, keep in names["keep"].items():
+        found = names["subnetwork"].gates[name].scores.flatten()
+        assert keep.sum() == 2 and found[keep.flatten()].min() >= found[~keep.flatten()].max()
+
+
+FAMILIES: dict[str, tuple[type, type]] = {
+    "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
+    "electra": (transformers.ElectraConfig, transformers.ElectraModel),
+    "distilbert": (transformers.DistilBertConfig, transformers.DistilBertModel),
+    "albert": (transformers.AlbertConfig, transformers.AlbertModel),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("experiment", [DebiasOnly, HeadMovement, BlockMovement])
+def test_every_family_is_debiased_and_pruned(
+    family: str, experiment: type[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PRUNING_BIAS_RUN_FOLDER", raising=False)
+    make_config, make_model = FAMILIES[family]
+    config = make_config(vocab_size=30522, pad_token_id=0, embedding_size=32)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for name, value in (small | {"intermediate_size": 128}).items():
+        setattr(config, config.attribute_map.get(name, name), value)
+    if family == "distilbert":
+        config.hidden_dim = 128
+    torch.manual_seed(0)
+    make_model(config).save_pretrained(tmp_path)
+    load_encoder("tiny").tokenizer.save_pretrained(tmp_path)
+    names = in_process(experiment(encoder=str(tmp_path), steps=3))
+    found = {(r["state"], r["metric"]): r["value"] for r in names["metrics"]}
+    assert found["before", "drift"] < 1e-6 and math.isfinite(found["after", "bias"])
+
+
+def test_a_run_starts_where_another_ended(tmp_path: Path) -> None:
+    learned = FineTuning(keep_weights=True)
+    start = f"run:FineTuning/{digest(learned)}"
+    debiased = DebiasOnly(encoder=start, keep_weights=True, steps=2)
+    closed = HeadMovement(encoder=start, mask_learning_rate=1.0, steps=8)
+    often = OftenClosed(encoder=start, sources=f"HeadMovement/{digest(closed)}", draws=2)
+    again = FineTuning(encoder=f"run:HeadMovement/{digest(closed)}")
+    done = execute_all(
+        [again, often, closed, debiased, learned, Blindness()], tmp_path, "pool", slots=2,
+        progress=False,
+    )  # fmt: skip
+    assert len(done.finished) == 6 and not done.failed, done.failed
+    model = open_encoder(f"run:HeadMovement/{digest(closed)}", root=tmp_path).model
+    (subnetwork,) = subnetworks(model)
+    assert not all(bool(keep.all()) for keep in subnetwork.keep().values())
+    frame = load_results(tmp_path)
+    assert set(frame[frame.metric == "score"].encoder) == {"tiny", again.encoder}
 
 
 def test_closing_a_head_is_what_the_numbers_say(monkeypatch: pytest.MonkeyPatch) -> None:

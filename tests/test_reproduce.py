@@ -36,10 +36,12 @@ def test_a_missing_corpus_is_refused_before_any_run(
 ) -> None:
     settings = Settings(**{**load_settings().model_dump(), "results": str(tmp_path / "results")})
     monkeypatch.setenv("PRUNING_BIAS_DATA", str(tmp_path / "nothing"))
+    runs = [HeadMovement(corpus="corpora/mine.txt.gz")]
+    monkeypatch.setitem(command.PROFILES, ("movement", "mine"), lambda settings: runs)
     with pytest.raises(
-        ValueError, match=r"no corpus at 'corpora/brown.txt.gz', nor in the data folder"
+        ValueError, match=r"no corpus at 'corpora/mine.txt.gz', nor in the data folder"
     ):
-        command.reproduce("movement", "brown", settings)
+        command.reproduce("movement", "mine", settings)
     assert not (tmp_path / "results").exists()
 
 
