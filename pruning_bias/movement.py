@@ -109,13 +109,14 @@ class Debiasing:
         optimizer: Optimizer,
         step: int,
         steps: int,
+        epsilon: float = 1e-6,  # of the published optimizer; 1e-8 where nothing is closed
     ) -> None:
         """The learning rates of a step, and the epsilon of the published optimizer."""
         factor = 1.0 if self.fidelity.constant_rate else linear(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         if self.fidelity.folded_epsilon:
-            fold_epsilon_(optimizer, step)
+            fold_epsilon_(optimizer, step, epsilon)
 
     def evaluate(
         self,

@@ -54,12 +54,22 @@ class Subnetwork(nn.Module):
         """What multiplies each group, float [R, C] per gate, on the CPU."""
         return {name: gate().cpu() for name, gate in self.gates.items()}
 
-    def penalty(self) -> Tensor:
+    def penalty(
+        self,
+        diluted: bool = False,  # as nn_pruning counts: gates that are not there count as well
+    ) -> Tensor:
         """Openness, a scalar in [0, 1]: the mean over gates, attention and FFN counting alike."""
-        groups: dict[bool, list[Tensor]] = {}
+        groups: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, gate in self.gates.items():
-            groups.setdefault(name.endswith("/ffn"), []).append(gate.penalty())
-        return torch.stack([torch.stack(each).mean() for each in groups.values()]).mean()
+            ffn = name.endswith("/ffn")
+            sites = len(self.plan[name]) if diluted and not ffn else 1
+            groups[ffn].append(sites * gate.penalty())
+        if not diluted:
+            return torch.stack(
+                [torch.stack(each).mean() for each in groups.values() if each]
+            ).mean()
+        layers = len({name.split("/")[0] for name in self.gates})
+        return sum(sum(each) / layers / (2 if ffn else 8) for ffn, each in groups.items())
 
     def openness(self) -> Tensor:
         """Share of groups that are open, scalar on the device."""
