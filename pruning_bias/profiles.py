@@ -96,8 +96,13 @@ def glue(settings: Settings) -> list[Run]:
         (DebiasOnly, {"steps": 60, "keep_weights": True}),
         (HeadMovement, closing),
     )
-    fine = {"examples": 0, "epochs": 1, "learning_rate": 1e-4, "batch_size": 32}
-    return [*debiased, *tasks(debiased, ["SST-2_sentences", "CoLA", "RTE"], common(settings), fine)]
+    fine = {"examples": 0, "learning_rate": 1e-4, "batch_size": 16}
+    epochs = {"SST-2_sentences": 1, "CoLA": 2, "RTE": 2}
+    return debiased + [
+        run
+        for name, count in epochs.items()
+        for run in tasks(debiased, [name], common(settings), fine | {"epochs": count})
+    ]
 
 
 GLUE = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
