@@ -41,11 +41,7 @@ refresh: export
 	@$(BIN)/python docs/readme.py
 
 keep:
-	@test -d results/local/$(PROFILE) || { echo "no results/local/$(PROFILE): make reproduce PROFILE=$(PROFILE) first"; exit 1; }
-	@! grep -l -e '-dirty"' results/local/$(PROFILE)/*/*/environment.json || { echo "made from uncommitted code: run these again first"; exit 1; }
-	rm -rf results/reference/$(PROFILE) && mkdir -p results/reference
-	cp -r results/local/$(PROFILE) results/reference/
-	rm -rf results/reference/$(PROFILE)/*/*.failed results/reference/$(PROFILE)/reports/.*.sha256
+	@$(PYTHON) docs/keep.py $(PROFILE)
 
 clean:
 	rm -rf .venv _docs _proc *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,18 +27,19 @@ METADATA |= {"language_info": {"name": "python", "pygments_lexer": "python"}}
 
 
 def sources() -> dict[str, Path]:
-    """Page -> notebook; among the runs of an experiment on a corpus, that of the lowest seed."""
+    """Page -> notebook; of the runs of an experiment on a corpus that of demo, or of least seed."""
     pages = {str(p.relative_to(NBS).with_suffix("")): p for p in sorted(NBS.rglob("*.ipynb"))}
     pages = {page: path for page, path in pages.items() if not re.search(r"(^|/)[._]", page)}
-    runs: dict[str, tuple[int, str, Path]] = {}
+    runs: dict[str, tuple[bool, int, str, Path]] = {}
     for path in REFERENCE.rglob("notebook.ipynb"):
         run = json.loads(path.with_name("parameters.json").read_text())
         corpus = Path(run.get("corpus", "synthetic")).name.split(".")[0].replace("_", "-")
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", path.parts[-3]).lower()  # HeadMovement
         page = f"experiments/{name}" + f"_{corpus}" * (corpus != "synthetic")
-        candidate = (run.get("seed", 0), str(path), path)
+        demo = path.relative_to(REFERENCE).parts[0] == "demo"
+        candidate = (not demo, run.get("seed", 0), str(path), path)
         runs[page] = min(runs.get(page, candidate), candidate)
-    pages |= {page: path for page, (_, _, path) in runs.items()}
+    pages |= {page: path for page, (*_, path) in runs.items()}
     for path in REFERENCE.rglob("reports/*.ipynb"):
         where = path.relative_to(REFERENCE).parts[0]
         pages[f"reports/{path.stem}" + f"_{where}" * (where not in ("reports", "demo"))] = path
