@@ -40,8 +40,8 @@ def token_states(
     padded: bool = False,  # padding counts as well, as in the published code
 ) -> tuple[Tensor, Tensor]:  # [L, N, D] with N = B * T, and the weight of each state [N]
     """Every word piece is a state; padding has weight 0."""
-    weights = torch.ones_like(batch.words) if padded else batch.attention.to(states.dtype)
-    return states.flatten(1, 2), weights.flatten()
+    weights = torch.ones_like(batch.attention) if padded else batch.attention
+    return states.flatten(1, 2), weights.to(states.dtype).flatten()
 
 
 def word_states(
