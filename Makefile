@@ -30,7 +30,7 @@ lab: .venv/lab.done
 	@$(BIN)/jupyter lab nbs
 
 bench: .venv/dev.done
-	@$(BIN)/python tests/bench.py
+	@PYTHONPATH=tests $(BIN)/python -m bench
 
 export: .venv/dev.done
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean
