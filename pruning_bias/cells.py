@@ -48,21 +48,41 @@ class Cells:
         """The mean alone, or nan."""
         return self.found.get((metric, test, state), {"mean": math.nan})["mean"]
 
+    def controlled(self, metric: str, test: str = "", digits: int | None = None) -> str:
+        """After, and with random controls in parentheses; nothing if there is no after."""
+        after = self(metric, "after", test, digits)
+        control = number(self.mean(metric, "random", test), digits=digits)
+        return f"{after} ({control})" if after and control else after
+
+    def tests(self, terms: bool = False) -> list[tuple[str, str, str]]:
+        """Name, metric and test of the columns: with names, or terms; with names the means too."""
+        every = dict.fromkeys(test for metric, test, _ in self.found if metric == "effect_size")
+        shown = [(test, "effect_size", test) for test in every if test.endswith("b") == terms]
+        suites = dict.fromkeys(test.split("-")[0] for test in every if not terms)
+        return shown + [(f"{suite}, mean |d|", "mean_size", suite) for suite in suites]
+
     def significant(self, test: str, state: str) -> str:
         """In what share of the seeds p < 0.05."""
         row = self.found.get(("effect_size", test, state), {"p_below": math.nan})
         return "" if math.isnan(row["p_below"]) else f"{row['p_below']:.0%}"
 
-    def closed(self) -> str:
+    def closed(self, spread: bool = True) -> str:
         """How many of the groups were closed."""
         groups, closed = self.mean("groups"), self.mean("closed")
         digits = int(groups < 1000 and not closed.is_integer())
-        return "" if math.isnan(groups) else f"{self('closed', digits=digits)} of {groups:.0f}"
+        told = self("closed", digits=digits) if spread else number(closed, digits=digits)
+        return "" if math.isnan(groups) else f"{told} of {groups:.0f}"
 
 # %% ../nbs/17_cells.ipynb #7755e8fd
 def context(frame: pd.DataFrame) -> list[str]:
-    """What of encoder, corpus, lexicon and fidelity is not the same everywhere."""
-    return [name for name in CONTEXT if frame[name].nunique(dropna=False) > 1]
+    """What of encoder, corpus, lexicon and fidelity tells runs apart, and no more than does."""
+    shown: list[str] = []
+    groups = 1
+    for name in CONTEXT:
+        count = len(frame[[*shown, name]].drop_duplicates())
+        if count > groups:
+            shown, groups = [*shown, name], count
+    return shown
 
 
 def each_configuration(
@@ -80,6 +100,14 @@ def markup(
     table: pd.DataFrame,  # of str
     tablefmt: str = "github",  # or html, for a notebook, or another of tabulate's formats
 ) -> str:
-    """A table as text."""
+    """A table as text; an empty one says so."""
+    if table.empty:
+        table = pd.DataFrame({"": ["there are no finished runs of this kind"]})
+    if tablefmt == "github":  # a bar, as in |d|, would end the cell
+        table = table.rename(columns=_escape).map(_escape)
     lay = {"headers": "keys", "showindex": False, "disable_numparse": True}
     return tabulate(table, **lay, tablefmt=tablefmt)
+
+
+def _escape(text: str) -> str:
+    return str(text).replace("|", "\\|")

@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from pruning_bias.averages import (
-    CONTEXT,
     KEYS,
     STATES,
     configuration,
@@ -49,23 +48,23 @@ def verdicts(
     by = ["experiment", *KEYS, "test"]
     found = per_run(frame[frame["metric"] == "effect_size"])
     found = found[found["metric"] == "effect_size"].sort_values([*by, "seed"], key=places)
-    values, sizes = (
-        found.set_index([*by, "digest", "state"])[name].unstack(sort=False).reindex(columns=STATES)
-        for name in ("value", "size")
+    wide = found.set_index([*by, "digest", "state"])[["value", "size"]].unstack(sort=False)
+    values, sizes = (wide[name].reindex(columns=STATES) for name in ("value", "size"))
+    each = values.assign(
+        fall=sizes["before"] - sizes["after"], gain=sizes["random"] - sizes["after"]
     )
-    low, rows = _as_low(frame), []
-    for key, size in sizes.groupby(level=by, sort=False):
-        row = dict(zip(by, key, strict=True)) | values.loc[size.index].mean().to_dict()
-        fall = (size["before"] - size["after"]).dropna()
-        if fall.empty:  # not measured before and after
+    each = each.reset_index().merge(_as_low(frame), "left", ["test", "digest"])
+    rows = []
+    for key, runs in each.groupby(by, sort=False):
+        fall, gain = (runs[name].dropna().to_numpy() for name in ("fall", "gain"))
+        if len(fall) == 0:  # not measured before and after
             continue
-        gain = (size["random"] - size["after"]).dropna()
+        row = dict(zip(by, key, strict=True)) | {s: runs[s].mean() for s in STATES}
         row |= {"n": len(fall), "fell": int((fall > 0).sum()), "gained": int((gain > 0).sum())}
-        for name, each in (("fall", fall), ("gain", gain)):
+        for name, change in (("fall", fall), ("gain", gain)):
             names = (name, f"{name}_low", f"{name}_high")
-            row |= dict(zip(names, interval(each), strict=True))
-        drawn = low.reindex(size.index.droplevel(by[:-1]))
-        row |= {"draws": int(drawn["draws"].sum()), "as_low": int(drawn["as_low"].sum())}
+            row |= dict(zip(names, interval(change), strict=True))
+        row |= {name: int(runs[name].sum()) for name in ("draws", "as_low")}
         row["verdict"], row["why"] = _verdict(row)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -77,7 +76,7 @@ def _as_low(frame: pd.DataFrame) -> pd.DataFrame:
     after, random = (frame[frame["state"] == state] for state in ("after", "random"))
     both = random.merge(after, on=["digest", "test"], suffixes=("", "_after"))
     both["low"] = both["value"].abs() <= both["value_after"].abs()
-    groups = both.groupby(["test", "digest"])
+    groups = both.groupby(["test", "digest"], as_index=False)
     return groups.agg(draws=("low", "size"), as_low=("low", "sum"))
 
 
@@ -124,13 +123,12 @@ def conclusions(
     frame: pd.DataFrame,  # from load_results
 ) -> pd.DataFrame:  # configuration, headline, test_6, others, against (empty if nothing is)
     """A row per configuration: what the figures say, in plain words."""
-    judged, rows = verdicts(frame), []
-    labels = frame[CONTEXT].assign(configuration=configuration(frame))[KEYS]
+    judged, rows = dict(list(verdicts(frame).groupby(KEYS))), []
+    runs = frame.assign(configuration=configuration(frame)).drop_duplicates(KEYS).set_index(KEYS)
     for named, one in each_configuration(movement_figures(frame)):
-        cell, key = Cells(one), one[KEYS].iloc[0]
-        weights = frame.loc[(labels == key).all(axis=1), ["alpha", "beta"]].iloc[0]
-        size, judged_by = drift_size(cell, *weights)
-        mine = judged[(judged[KEYS] == key).all(axis=1)]
+        cell, key = Cells(one), tuple(one[KEYS].iloc[0])
+        size, judged_by = drift_size(cell, *runs.loc[key, ["alpha", "beta"]])
+        mine = judged.get(key, pd.DataFrame(columns=["test", "verdict"], dtype=str))
         name = " · ".join(named.values())
         count = f"n = {cell.runs}"
         count += f", {cell.closed()} closed" if cell.closed() else ""
@@ -140,7 +138,8 @@ def conclusions(
         on_six = " ".join(_on_six(row, cell) for row in mine[six].to_dict("records"))
         others = f"{_on_others(mine[~six])} {_on_drift(cell)}".strip()
         against = [f"{r.test} {r.why}" for r in mine[six].itertuples() if r.verdict == DOES_NOT]
-        against += [f"{v} {tests}" for v, tests in _by_verdict(mine) if "worse" in v]
+        worse = {"makes worse:": "gets worse", "may make worse:": "may get worse"}
+        against += [f"{r.test} {worse[r.verdict]}" for r in mine.itertuples() if r.verdict in worse]
         against += ["drift is large"] if size == "large" else []
         row = {"configuration": name, "headline": f"{name}, {count}: {'; '.join(said)}."}
         rows.append(row | {"test_6": on_six, "others": others, "against": "; ".join(against)})
@@ -199,8 +198,21 @@ def _on_drift(cell: Cells) -> str:
 
 def did_not_help(
     told: pd.DataFrame,  # from conclusions
+    most: int = 8,  # names of configurations in a line
 ) -> str:  # markdown
-    """What was tried and has something against it."""
-    against = told[told["against"] != ""]
-    lines = [f"* {row.configuration}: {row.against}." for row in against.itertuples()]
+    """What speaks against what was tried, and of which configurations it is true."""
+    found: dict[str, list[str]] = {}
+    for row in told.itertuples():
+        for reason in filter(None, row.against.split("; ")):
+            found.setdefault(reason, []).append(row.configuration)
+    lines = []
+    for reason, names in sorted(found.items(), key=lambda pair: _first(pair[0])):
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        count = f" ({len(names)} of {len(told)})" if len(told) > most else ""
+        lines.append(f"* {reason}{count}: {'; '.join(names[:most])}{more}.")
     return "\n".join(lines) or "Nothing that was tried has anything against it."
+
+
+def _first(reason: str) -> tuple[bool, bool, str]:
+    """The main test first, then drift, then the others."""
+    return "-6 " not in reason, not reason.startswith("drift"), reason

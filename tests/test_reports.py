@@ -16,14 +16,16 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from pruning_bias.averages import movement_figures
+from pruning_bias.averages import labels, movement_figures, movement_runs
 from pruning_bias.charts import seat_figure, training_figure
 from pruning_bias.comparison import agreement, compare
 from pruning_bias.conclusions import conclusions, verdicts
 from pruning_bias.maps import closing_map, draw_blocks, draw_closing, draw_heads
-from pruning_bias.overview import movement_table, table_by_test
+from pruning_bias.overview import main_table, table_by_test
+from pruning_bias.pairs import variants_table
 from pruning_bias.published import PUBLISHED, published_table
-from pruning_bias.reports import READING, write_report
+from pruning_bias.report_parts import P_VALUES
+from pruning_bias.reports import write_report
 from pruning_bias.results import load_histories, load_results
 from pruning_bias.runs import BlockMovement, DebiasOnly, HeadMovement, Movement, digest, parameters
 
@@ -149,21 +151,21 @@ def test_p_values_are_not_averaged(results: Path) -> None:
     assert after["p_below"] == pytest.approx(2 / 3)
     table = table_by_test(load_results(results))
     assert table.loc[0, "p < .05 after"] == "67%"
-    assert "share of seeds" in READING
+    assert "share of seeds" in P_VALUES
 
 
 def test_the_table_says_before_and_after_and_leaves_empty_what_is_missing(results: Path) -> None:
-    table = movement_table(load_results(results)).set_index("configuration")
+    table = main_table(movement_runs(load_results(results))).set_index("configuration")
     assert list(table.index) == [
+        "as it came",
         "heads (value), last/token",
         "blocks 32 + FFN, last/token",
         "debias only, last/token",
     ]
-    assert table["n"].tolist() == ["3", "3", "1"]
-    assert table["builtin-6"].tolist() == ["1.40 → 0.90 ± 0.10", "1.40 → 1.38", "1.40 → 0.20"]
-    assert table["closed"].tolist() == ["2 of 8", "1 of 16", ""]
-    assert table["open"].tolist() == ["0.750", "0.938", ""]
-    assert table["drift, random"].tolist() == ["2.50", "2.50", ""]
+    assert table["n"].tolist() == ["", "3", "3", "1"]
+    assert table["builtin-6"].tolist() == ["1.40", "0.90 ± 0.10 (1.35) ↓", "1.38 (1.35)", "0.20"]
+    assert table["open"].tolist() == ["", "0.750", "0.938", ""]
+    assert table["drift"].tolist() == ["", "1.50 ± 0.50 (2.50)", "20.0 (2.50)", "500"]
     assert "±" not in " ".join(table.loc["debias only, last/token"])  # one seed
 
 
@@ -174,19 +176,31 @@ def test_a_configuration_is_named_by_what_tells_it_apart(tmp_path: Path) -> None
         HeadMovement(seed=1),
         HeadMovement(penalty=2.0),
         HeadMovement(heads="tied", mlp=True, layer="all", mode="sentence"),
+        HeadMovement(random_draws=7),  # what decides no result makes no other run
         BlockMovement(corpus="some/folder/brown.txt.gz"),
         BlockMovement(block=64),
     ):
         leave_run(tmp_path, run, same)
-    table = movement_table(load_results(tmp_path))
-    assert sorted(zip(table["configuration"], table["corpus"], table["n"], strict=True)) == [
-        ("blocks 32 + FFN, last/token", "brown.txt.gz", "1"),
-        ("blocks 64 + FFN, last/token", "synthetic", "1"),
-        ("heads (tied) + FFN, all/sentence", "synthetic", "1"),
-        ("heads (value), last/token, penalty=1", "synthetic", "2"),
-        ("heads (value), last/token, penalty=2", "synthetic", "1"),
+    runs = movement_runs(load_results(tmp_path))
+    told = labels(runs).assign(corpus=runs["corpus"], digest=runs["digest"]).drop_duplicates()
+    assert sorted(told[["configuration", "variant"]].itertuples(index=False, name=None)) == [
+        ("blocks 32 + FFN, last/token", ""),
+        ("blocks 64 + FFN, last/token", "block 64"),
+        ("heads (tied) + FFN, all/sentence", "heads tied, with FFN"),
+        ("heads (value), last/token", ""),
+        ("heads (value), last/token", ""),
+        ("heads (value), last/token, penalty 2", "penalty 2"),
     ]
-    assert "encoder" not in table  # the same everywhere
+
+
+def test_a_variant_is_held_against_the_usual_run_of_the_same_seed(tmp_path: Path) -> None:
+    for seed in range(3):
+        leave_run(tmp_path, HeadMovement(seed=seed), measured(1.0 + seed, 0.0, 10.0, 1.0))
+        other = HeadMovement(seed=seed, rule="topk", initial_threshold=1.0)
+        leave_run(tmp_path, other, measured(0.6 + 1.02 * seed, 0.0, 10.0, 1.0))
+    table = variants_table(movement_runs(load_results(tmp_path)))
+    assert table["configuration"].tolist()[1].startswith("· ")
+    assert table["change of mean |d|"].tolist() == ["", "-0.19 [-0.21, -0.17] *"]
 
 
 def judged(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
@@ -249,7 +263,7 @@ def test_conclusions_are_plain_about_harm_and_drift(results: Path) -> None:
     assert "falls by 0.50 (36%) in 3 of 3 seeds" in heads["test_6"]
     assert "(0 of 6 draws are as near to zero)" in heads["test_6"]
     assert "builtin-7 rises (0.30 → 0.91)" in heads["others"]
-    assert heads["against"] == "makes worse: builtin-7"
+    assert heads["against"] == "builtin-7 gets worse"
     assert "does not help on builtin-6, builtin-7; drift is large, 8.00 times" in blocks["headline"]
     assert "3 of 6 draws" in blocks["test_6"]
     assert blocks["against"] == "builtin-6 hardly moves; drift is large"
@@ -345,13 +359,14 @@ def test_the_same_results_give_the_same_bytes(results: Path, tmp_path: Path) -> 
     one, two, three = (files_of(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two == three
     assert set(one) == {
-        *(f"tables/{name}.md" for name in ("movement", "verdicts", "published")),
+        *(f"tables/{name}.md" for name in ("movement", "verdicts", "published", "tests", "heads")),
         *(f"tables/{name}.csv" for name in ("movement", "verdicts", "published")),
         *(
             f"figures/{name}.{ending}"
             for name in (
                 "effect_sizes",
                 "training",
+                "densities",
                 "closed_heads-value-last-token",
                 "closed_blocks-32-FFN-last-token",
             )
@@ -372,7 +387,7 @@ def test_what_is_missing_is_not_printed_and_120_columns_suffice(
     for told in (table, *tables.values()):
         assert "nan" not in told.lower()
     assert max(map(len, table.splitlines())) <= 120
-    assert "1.40 → -0.01" in tables["tables/movement.md"]
+    assert "-0.01" in tables["tables/movement.md"]
     full = pd.read_csv(tmp_path / "out" / "tables" / "movement.csv")
     assert full["mean"].notna().all() and (full["sd"].isna() == (full["n"] == 1)).all()
 
@@ -426,7 +441,7 @@ def test_the_report_notebook_shows_the_folder_it_is_given(results: Path, tmp_pat
         progress_bar=False,
     )
     shown = json.dumps([cell.get("outputs", []) for cell in done.cells], ensure_ascii=False)
-    assert "1.40 → 0.90 ± 0.10" in shown and "47 of 144 value heads" in shown
-    assert "* debias only, last/token: drift is large." in shown
-    assert shown.count('"image/png"') == 4 and "no runs yet" not in shown
+    assert "0.90 ± 0.10 (1.35) ↓" in shown and "47 of 144 value heads" in shown
+    assert "drift is large: blocks 32 + FFN, last/token; debias only, last/token." in shown
+    assert shown.count('"image/png"') == 5 and "no runs yet" not in shown
     assert str(results) not in shown
