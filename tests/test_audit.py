@@ -20,6 +20,7 @@ from nn_pruning_reference import patch_
 from safetensors.numpy import save_file
 
 from pruning_bias.anatomy import tiny_encoder
+from pruning_bias.debias import orthogonality
 from pruning_bias.departures import (
     departure_table,
     departures,
@@ -103,21 +104,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pruning_bias.movement.Debiasing.evaluate", lambda *_: [])
 
 
-SMALL = {"steps": 3, "sentences": 16, "batch_size": 4}
+SMALL = {"steps": 3, "sentences": 12, "batch_size": 3}
 WHERE = {  # what a run must be for a switch to matter to it
     "padded_states": {"mode": "sentence"},
     "pooled_prototypes": {"layer": "all"},
     "fixed_penalty": {"penalty": 50.0},
     "lost_ties": {"heads": "tied"},
 }
-TRACES: dict[str, list[dict]] = {}
+TRACES: dict[str, tuple[list[str], list[dict]]] = {}
 
 
-def history(**how: Any) -> list[dict]:
-    """The history of a small run; of the same run once."""
+def trace(**how: Any) -> tuple[list[str], list[dict]]:
+    """The gates and the history of a small run; of the same run once."""
     name = repr(how)
     if name not in TRACES:
-        TRACES[name] = until_trained(HeadMovement(**SMALL, **how))["history"]
+        names = until_trained(HeadMovement(**SMALL, **how))
+        TRACES[name] = list(names["subnetwork"].gates), names["history"]
     return TRACES[name]
 
 
@@ -125,13 +127,13 @@ def history(**how: Any) -> list[dict]:
 def test_every_switch_changes_a_run(quick: None, name: str) -> None:
     """Of the same seed, sentences and batches; piece masks need words that are cut alike."""
     where = WHERE.get(name, {})
-    assert history(**where) != history(**where, fidelity=f"equations+{name}")
+    assert trace(**where) != trace(**where, fidelity=f"equations+{name}")
 
 
 @pytest.mark.parametrize("name", WHERE)
 def test_a_switch_changes_nothing_where_it_has_nothing_to_do(quick: None, name: str) -> None:
     """No padding in token mode, one layer's prototypes, a weight of 1, nothing tied."""
-    assert history() == history(fidelity=f"equations+{name}")
+    assert trace() == trace(fidelity=f"equations+{name}")
 
 
 @pytest.mark.parametrize(("make", "epsilon"), [(HeadMovement, 1e-6), (DebiasOnly, 1e-8)])
@@ -139,10 +141,24 @@ def test_the_published_epsilon_is_smaller_where_nothing_is_closed(
     quick: None, make: type[Run], epsilon: float
 ) -> None:
     """The pruned debiaser leaves Hugging Face's default, the other one passes its own."""
-    run = make(**SMALL | {"steps": 2, "fidelity": "equations+folded_epsilon"})
+    run = make(**SMALL, fidelity="equations+folded_epsilon")
     optimizer = until_trained(run)["optimizer"]
     for group in optimizer.param_groups:
-        assert group["eps"] == pytest.approx(epsilon / math.sqrt(1 - 0.999**2), rel=1e-12)
+        assert group["eps"] == pytest.approx(epsilon / math.sqrt(1 - 0.999**3), rel=1e-12)
+
+
+def test_a_vector_for_each_word_is_one_call() -> None:
+    """Eq. (1) with every attribute word's own vector, where both codes have two prototypes."""
+    generator = torch.Generator().manual_seed(0)
+    states, words = (torch.randn(2, n, 5, generator=generator) for n in (4, 7))
+    expected = sum(
+        float(states[layer, n] @ words[layer, w]) ** 2
+        for layer in range(2)
+        for n in range(4)
+        for w in range(7)
+    )
+    came = orthogonality(states, words, torch.ones(4))
+    assert came.item() == pytest.approx(expected / (2 * 4), rel=1e-5)
 
 
 # the penalty as nn_pruning counts it
