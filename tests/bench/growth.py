@@ -69,7 +69,7 @@ def measure_growth(part: Part) -> None:
         corpus[size] = {"ms_per_sentence": sum(seconds) / 4 / 2 / BATCH * 1e3,
                         "us_per_piece": sum(seconds) / real * 1e6}  # fmt: skip
     lengths = {
-        length: _steady(step, _drawn(length), 3) / 2 / BATCH * 1e3 for length in LENGTHS
+        length: _steady(step, drawn(length), 3) / 2 / BATCH * 1e3 for length in LENGTHS
     }  # ms per sentence
     ways = {"ours": our_step(a, value_heads), "published": published_step(a, True, True)}
     memory = {name: {} for name in ways}
@@ -90,7 +90,7 @@ def _steady(step, pair: Pair, rounds: int = 2) -> float:
     return median(lambda: step(pair), rounds)
 
 
-def _drawn(length: int) -> Pair:
+def drawn(length: int) -> Pair:
     """Random word pieces, so that all sentences are of one length."""
     generator, shape = torch.Generator().manual_seed(length), (BATCH, length)
     index = torch.arange(BATCH) - 10 * BATCH * length  # no sentence of any corpus

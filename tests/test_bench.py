@@ -1,0 +1,52 @@
+"""The benchmark counts what is computed, and its two sides compute the same."""
+
+import numpy as np
+import pytest
+import torch
+from bench import growth, steps
+from bench.measuring import product_rate
+from bench.rate import operations
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruning_bias.anatomy import Encoder, load_encoder
+from pruning_bias.encoding import Batch
+from pruning_bias.plans import head_plan
+
+
+def eager_encoder(name: str) -> Encoder:
+    encoder = load_encoder(name)
+    encoder.model.set_attn_implementation("eager")
+    return encoder
+
+
+def test_operations_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "load_encoder", eager_encoder)  # torch counts no fused attention
+    monkeypatch.setattr(growth, "BATCH", 2)
+    pair = growth.drawn(24)
+    step = steps.our_step(torch.randn(1, 2, 384), head_plan)
+    step(pair)  # the teacher's first time
+    with FlopCounterMode(display=False) as counter:
+        step(pair)
+    count = operations(np.full(4, 24), 384, 1536, 6)
+    assert count == pytest.approx(counter.get_total_flops(), rel=1e-3)  # BERT's pooler apart
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_padded_steps_of_nn_pruning_start_from_the_same_loss(
+    heads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "BATCH", 2)
+    pair, a = growth.drawn(12), torch.randn(1, 2, 384, generator=torch.Generator().manual_seed(0))
+    ours = steps.our_step(a, steps.value_heads if heads else steps.blocks)
+    longer = tuple(_pad(batch, 20) for batch in pair)
+    theirs = steps.published_step(a, heads, dropout=False)
+    assert theirs(longer).item() == pytest.approx(ours(pair).item(), rel=1e-4)
+
+
+def _pad(batch: Batch, length: int) -> Batch:
+    more = (0, length - batch.ids.shape[1])
+    return Batch(*(torch.nn.functional.pad(part, more) for part in batch[:3]), batch.index)
+
+
+def test_a_rate_is_positive() -> None:
+    assert product_rate(16, 16, 16, rounds=1) > 0
