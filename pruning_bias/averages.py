@@ -124,7 +124,7 @@ def main_runs(
     """The runs that are as usual, on the encoder, text and fidelity with the most of them."""
     if frame.empty:
         return frame
-    main = frame[frame["variant"] == ""]
+    main = frame[frame["variant"] == ""] if (frame["variant"] == "").any() else frame
     many = main.groupby(CONTEXT)["configuration"].transform("nunique")
     return main[many == many.max()].reset_index(drop=True)
 

@@ -171,5 +171,6 @@ def _panel(ax: Axes, figures: pd.DataFrame, where: pd.DataFrame) -> None:
     ax.axhline(0, color="#999999", linewidth=0.8)
     ax.plot([], [], "x", color="#555555", markersize=4, label="random control")
     ax.set_xticks(range(len(layers)), layers)
+    ax.set_xlim(-0.6, len(layers) - 0.4)
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'changes', 'variants_table', 'tell_variants']
 
 # %% ../nbs/17_pairs.ipynb #e1911664
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -24,53 +25,55 @@ def changes(
     frame: pd.DataFrame,  # from movement_runs
 ) -> pd.DataFrame:  # COLUMNS; empty without variants
     """Mean |d| of each variant less that of the usual run, over seeds."""
-    rows = []
-    for usual, runs in _varied(frame):
-        sizes = per_run(runs)
-        sizes = sizes[(sizes["metric"] == "mean_size") & (sizes["state"] == "after")]
-        sizes = sizes.pivot_table("value", "seed", "configuration")
-        told = runs.groupby("configuration", sort=False)["variant"].first()
-        for label, variant in told[told.index != usual].items():
-            change = (sizes[label] - sizes[usual]).dropna()
-            row = {"usual": usual, "configuration": label, "variant": variant, "n": len(change)}
-            rows.append(row | dict(zip(("change", "low", "high"), interval(change), strict=True)))
+    rows = [row for usual, runs in _varied(frame) for row in _changes(usual, runs)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _changes(usual: str, runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """A row for each variant of a usual run."""
+    sizes = per_run(runs)
+    sizes = sizes[(sizes["metric"] == "mean_size") & (sizes["state"] == "after")]
+    sizes = sizes.pivot_table("value", "seed", "configuration")
+    told = runs.groupby("configuration", sort=False)["variant"].first()
+    for label, variant in told[told.index != usual].items() if usual else ():
+        change = (sizes[label] - sizes[usual]).dropna()
+        row = {"usual": usual, "configuration": label, "variant": variant, "n": len(change)}
+        yield row | dict(zip(("change", "low", "high"), interval(change), strict=True))
+
+
 def _varied(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each usual run that has variants: its label, and all runs of its kind."""
+    """Runs of a kind with variants among them; the usual one's label, empty if there is none."""
     main = main_runs(frame)
     frame = frame[frame["fidelity"] == main["fidelity"].iloc[0]] if len(main) else frame
     by = ["experiment", "layer", "mode", *CONTEXT]
     for _, runs in frame.groupby(by, sort=False) if len(main) else ():
-        usual = runs.loc[runs["variant"] == "", "configuration"]
-        if len(usual) and (runs["variant"] != "").any():
-            yield usual.iloc[0], runs
+        if (runs["variant"] != "").any():
+            yield next(iter(runs.loc[runs["variant"] == "", "configuration"]), ""), runs
 
 # %% ../nbs/17_pairs.ipynb #9790054d
 def variants_table(
     frame: pd.DataFrame,  # from movement_runs
 ) -> pd.DataFrame:  # of str; empty if nothing was varied
     """The usual run of each kind, and its variants below it."""
-    found, rows = changes(frame).set_index(["usual", "configuration"]), []
-    groups = list(_varied(frame))
+    groups, rows = list(_varied(frame)), []
     differs = context(pd.concat([runs for _, runs in groups])) if groups else []
     for usual, runs in groups:
         marks, figures = sure(runs), movement_figures(runs)
+        found = {row["configuration"]: row for row in _changes(usual, runs)}
         figures = figures.assign(place=figures["configuration"] != usual)
         for named, one in each_configuration(figures.sort_values("place", kind="stable")):
             label, row = named["configuration"], {"change of mean |d|": ""}
-            if label != usual:
-                pair = found.loc[(usual, label)]
-                label, row["change of mean |d|"] = f"· {pair['variant']}", _change(pair)
+            if label in found:
+                row["change of mean |d|"] = _change(found[label])
+                label = f"· {found[label]['variant']}"
             shown = {"configuration": label} | {n: shorten(runs[n].iloc[0]) for n in differs}
             rows.append(shown | after(one, marks) | row)
     return pd.DataFrame(rows).fillna("")
 
 
-def _change(row: pd.Series) -> str:
+def _change(row: Mapping[str, Any]) -> str:
     """A change with its sign and its interval; * where that excludes zero."""
-    text = f"{row['change']:+.2f}"
+    text = f"{row['change']:+.2f}" if row["n"] else ""
     if pd.isna(row["low"]):
         return text
     star = " *" * bool(row["low"] > 0 or row["high"] < 0)

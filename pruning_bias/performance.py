@@ -189,7 +189,7 @@ def trade_figure(
     figure.supxlabel("mean |d| of the association tests, before fine-tuning", fontsize=8)
     figure.supylabel("score × 100", fontsize=8)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

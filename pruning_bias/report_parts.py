@@ -78,7 +78,7 @@ class Part:
     def markdown(self) -> str:
         """Title, sentences and tables."""
         start = [f"# {self.title}"] + [self.note] * bool(self.note)
-        tables = [f"**{name}**\n\n{markup(table)}" for name, table in self.tables.items()]
+        tables = [f"**{k}**\n\n" * bool(k) + markup(table) for k, table in self.tables.items()]
         return "\n\n".join([*start, *self.words, *tables]) + "\n"
 
 # %% ../nbs/17_report_parts.ipynb #6838af4a
@@ -109,10 +109,10 @@ PAIRED = (
 
 def parts(
     root: Path | str,  # folder of the results
+    frame: pd.DataFrame,  # from load_results
 ) -> dict[str, Part]:  # by name; empty without runs
     """Every part of the report on a folder of results."""
-    root, frame = Path(root), load_results(root)
-    runs = movement_runs(frame)
+    root, runs = Path(root), movement_runs(frame)
     if runs.empty:
         return {}
     slips = departures(root, frame)
@@ -161,7 +161,8 @@ def _movement(runs: pd.DataFrame) -> Part:
 def _published(root: Path, main: pd.DataFrame) -> Part:
     """Others' numbers, and ours of the same layers."""
     ours = main[main["layer"].isin(["last", "all"])]
-    notes = PUBLISHED[["source", "model", "configuration", "quantity", "note"]].drop_duplicates()
+    notes = PUBLISHED.groupby(["source", "note"], sort=False)["configuration"]
+    notes = notes.agg(lambda names: "; ".join(dict.fromkeys(names))).reset_index()
     tables = {"Published and ours": published_table(ours if len(ours) else None)}
     drawn = {"densities": density_figure(densities(root, main))}
     return Part("Published numbers", "", [], tables | {"What to bear in mind": notes}, drawn)
@@ -231,7 +232,9 @@ def _gains(runs: pd.DataFrame) -> Part:
     main = main_runs(runs)
     varied = runs[(runs["variant"] != "") & runs["fidelity"].isin(main["fidelity"])]
     some = pd.concat([shown_runs(runs), varied], ignore_index=True)
-    return Part("Compaction", "", tell_gains(some), {"Dense → compact": gains_table(some)})
+    return Part(
+        "Compaction", "", tell_gains(shown_runs(runs)), {"Dense → compact": gains_table(some)}
+    )
 
 
 def _tasks(frame: pd.DataFrame) -> Part:

@@ -30,13 +30,14 @@ def write_report(
 ) -> str:  # what to print: a table, what to make of it, and places
     """All tables and figures of the movement paper that a folder of results gives."""
     root, out = Path(root), Path(out)
-    report = parts(root)
+    frame = load_results(root)
+    runs, report = movement_runs(frame), parts(root, frame)
     if not report:
         return f"There are no finished runs in {root}."
-    runs = movement_runs(load_results(root))
     for folder in (out / "tables", out / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
-    tables = {f"{name}.md": part.markdown() for name, part in report.items()}
+    told = {name: part for name, part in report.items() if part.words or part.tables}
+    tables = {f"{name}.md": part.markdown() for name, part in told.items()}
     frames = {"movement": movement_figures(runs), "verdicts": verdicts(runs)}
     frames["published"] = PUBLISHED
     tables |= {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
@@ -59,10 +60,10 @@ def _terminal(runs: pd.DataFrame, report: dict[str, Part]) -> Iterator[str]:
         yield ", ".join(f"{n} {shorten(v)}" for n, v in zip(CONTEXT, key, strict=True))
         for suite in sorted({test.split("-")[0] for test in one["test"] if "-" in test}):
             yield terminal_table(one, suite)
+    names = ("movement", "variants", "often_closed", "gains") if many else ()
     told = conclusions(runs)
-    lines = [*(told["headline"] + " " + told["test_6"])]
-    if many:
-        names = ("movement", "variants", "often_closed", "gains", "tasks")
-        lines = [line for name in names if name in report for line in report[name].words]
+    lines = [] if many else [*(told["headline"] + " " + told["test_6"])]
+    for part in (report[name] for name in (*names, "tasks") if name in report):
+        lines += part.words
     for line in lines:
         yield textwrap.fill(line, 120, subsequent_indent="  ")

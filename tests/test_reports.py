@@ -24,10 +24,18 @@ from pruning_bias.maps import closing_map, draw_blocks, draw_closing, draw_heads
 from pruning_bias.overview import main_table, table_by_test
 from pruning_bias.pairs import variants_table
 from pruning_bias.published import PUBLISHED, published_table
-from pruning_bias.report_parts import P_VALUES
+from pruning_bias.report_parts import P_VALUES, parts
 from pruning_bias.reports import write_report
 from pruning_bias.results import load_histories, load_results
-from pruning_bias.runs import BlockMovement, DebiasOnly, HeadMovement, Movement, digest, parameters
+from pruning_bias.runs import (
+    BlockMovement,
+    DebiasOnly,
+    FineTuning,
+    HeadMovement,
+    Movement,
+    digest,
+    parameters,
+)
 
 Measured = dict[str, float]  # a test's name, bias or drift -> value
 DENSE = {"builtin-6": 1.4, "builtin-7": 0.3, "bias": 20.0, "drift": 0.0}
@@ -85,6 +93,21 @@ def leave_run(
             bias = DENSE["bias"] + share * (after["bias"] - DENSE["bias"])
             writer.writerow([step, 0.1 * share, 4, bias, share * after["drift"], 1])
     return folder
+
+
+def leave_task(root: Path, run: FineTuning, score: float) -> None:
+    """A finished fine-tuning."""
+    folder = root / "FineTuning" / digest(run)
+    folder.mkdir(parents=True)
+    values = {"majority": 0.5, "after": score}
+    metrics = json.dumps([{"state": s, "metric": "score", "value": v} for s, v in values.items()])
+    (folder / "metrics.json").write_text(metrics)
+    for name, content in {
+        "parameters": {"experiment": "FineTuning", **parameters(run)},
+        "environment": {"seconds": 1.0},
+        "done": {"metrics.json": hashlib.sha256(metrics.encode()).hexdigest()},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 def measured(six: float, seven: float, bias: float, drift: float) -> Measured:
@@ -387,7 +410,7 @@ def test_what_is_missing_is_not_printed_and_120_columns_suffice(
     for told in (table, *tables.values()):
         assert "nan" not in told.lower()
     assert max(map(len, table.splitlines())) <= 120
-    assert "-0.01" in tables["tables/movement.md"]
+    assert "-0.01" in table and "-0.01" in tables["tables/variants.md"]
     full = pd.read_csv(tmp_path / "out" / "tables" / "movement.csv")
     assert full["mean"].notna().all() and (full["sd"].isna() == (full["n"] == 1)).all()
 
@@ -400,6 +423,26 @@ def test_the_text_ends_with_the_places_and_stands_on_its_own(results: Path, tmp_
         f"figures:   {tmp_path / 'figures'}",
         f"runs:      {results}",
     ]
+
+
+def test_what_is_gained_and_what_it_costs_are_parts_where_there_are_such_runs(
+    results: Path,
+) -> None:
+    assert not {"gains", "tasks", "audit", "seeds"} & set(parts(results, load_results(results)))
+    for seed in range(2):
+        start = leave_run(
+            results, DebiasOnly(seed=10 + seed, keep_weights=True), measured(0.7, 0.1, 1, 1)
+        )
+        for encoder, score in (("tiny", 0.8), (f"run:DebiasOnly/{start.name}", 0.7)):
+            run = FineTuning(encoder=encoder, seed=10 + seed, task="RTE")
+            leave_task(results, run, score + 0.01 * seed)
+    tasks = parts(results, load_results(results))["tasks"]
+    table = tasks.tables["Debiased, then fine-tuned"]
+    assert table["RTE"].tolist() == ["50.0", "80.5 ± 0.7", "70.5 ± 0.7"]
+    assert table["mean |d| before"].tolist() == ["", "0.85", "0.40"]
+    assert "score RTE -10.0 (2 of 2 seeds)" in tasks.words[0]
+    assert list(tasks.figures) == ["trade"]
+    plt.close("all")
 
 
 def test_without_runs_nothing_is_written(tmp_path: Path) -> None:
