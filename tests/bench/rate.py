@@ -40,7 +40,10 @@ def measure_rate(part: Part) -> None:
     shape = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     ways = {m: our_step(given.prototypes(), head_plan, m) for m in (False, True)}
     ways[True](tuple(batch.rows([0]) for batch in pairs[0]))
-    taken, asked, padded, rates = [], [], [], []
+    (hidden, inner, _), rows = shape, BATCH * pairs[PAIRS // 2][0].ids.shape[1]
+    products = [(1024,) * 3, (rows, hidden, hidden), (rows, hidden, inner), (rows, inner, hidden)]
+    rates: dict[tuple, list[float]] = {product: [] for product in products}
+    taken, asked, padded = [], [], []
     for pair in pairs:
         ways[False](pair)  # the teacher's first time
         lengths = torch.cat([batch.attention.sum(1) for batch in pair]).numpy()
@@ -48,20 +51,19 @@ def measure_rate(part: Part) -> None:
         padded.append(sum(batch.ids.numel() for batch in pair) / lengths.sum())
         seconds = []
         for _ in range(ROUNDS):
-            rates.append(product_rate(rounds=5))
             seconds.append(median(lambda: ways[False](pair), 1))  # noqa: B023
+            for product, found in rates.items():
+                found.append(product_rate(*product, rounds=5))
         taken.append(statistics.median(seconds))
     pair = pairs[PAIRS // 2]
     few = tuple(batch.rows([0, 1]) for batch in pair)
     times = [median(lambda: ways[mixed](few), 2) for mixed in (False, True)]  # noqa: B023
-    rows, (hidden, inner, _) = BATCH * pair[0].ids.shape[1], shape
-    shapes = [(rows, hidden, hidden), (rows, hidden, inner), (rows, inner, hidden)]
+    middle = {"x".join(map(str, p)): statistics.median(found) for p, found in rates.items()}
     part.numbers = {
         "text": given.name,
         "step_rate": sum(asked) / sum(taken),
         "step_rate_bfloat16": sum(asked) / sum(taken) * times[0] / times[1],
-        "product_rate": statistics.median(rates),
-        "product_rate_at": {"x".join(map(str, s)): product_rate(*s, rounds=15) for s in shapes},
+        "product_rates": middle,
         "step_rate_by_pair": [a / t for a, t in zip(asked, taken, strict=True)],
         "padded_per_real_piece": sum(padded) / PAIRS,
         "time_by_operator": _operators(lambda: ways[False](pair)),
@@ -79,8 +81,9 @@ def _operators(way: Callable[[], None]) -> dict[str, float]:
 
 
 def _lines(found: dict) -> list[Figure]:
-    step, mm, half = found["step_rate"], found["product_rate"], found["step_rate_bfloat16"]
-    at = statistics.harmonic_mean(found["product_rate_at"].values())
+    step, half = found["step_rate"], found["step_rate_bfloat16"]
+    mm, *own = found["product_rates"].values()
+    at = statistics.harmonic_mean(own)
     shared = {"batch": f"{BATCH} + {BATCH}", "threads": 1}
 
     def line(what: str, own: float, rate: float, of: str, **more: object) -> Figure:

@@ -17,7 +17,7 @@ from pruning_bias.subnetworks import attach_
 
 from .measuring import Figure, Pair, Part, Text, all_cores, median, native_bfloat16, text
 
-BATCH, PAIRS = 32, 3
+BATCH, PAIRS = 32, 2
 Step = Callable[[Pair], Tensor]  # the loss before the step
 
 
