@@ -85,17 +85,17 @@ class Text(NamedTuple):
     train: dict[str, np.ndarray]
 
     def spread(self, kind: str, size: int, n: int, limit: int = 0) -> list[Batch]:
-        """n batches of an epoch (of at most `limit` sentences), as long on average as all are."""
+        """n batches of an epoch (of at most `limit` sentences), as long and padded as all are."""
         generator, among = torch.Generator().manual_seed(0), self.train[kind]
         if limit:
             order = torch.randperm(len(among), generator=generator)[:limit].numpy()
             among = among[order]
         epoch = list(islice(batches(self.encoded, among, size, generator), len(among) // size))
         epoch.sort(key=lambda batch: batch.ids.shape[1])
-        lengths = np.array([batch.ids.shape[1] for batch in epoch])
+        shapes = np.array([(b.ids.numel(), int(b.attention.sum())) for b in epoch])
         groups = np.array_split(np.arange(len(epoch)), n)
-        nearest = (g[np.abs(lengths[g] - lengths[g].mean()).argmin()] for g in groups)
-        return [epoch[i] for i in nearest]
+        apart = (np.abs(shapes[g] / shapes[g].mean(0) - 1).sum(1) for g in groups)
+        return [epoch[g[each.argmin()]] for g, each in zip(groups, apart, strict=True)]
 
     def pairs(self, size: int, n: int, limit: int = 0) -> list[Pair]:
         """Batches of targets and of attributes."""
