@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -84,18 +84,22 @@ class Text(NamedTuple):
     encoded: Encoded
     train: dict[str, np.ndarray]
 
-    def spread(self, kind: str, size: int, n: int, limit: int = 0) -> list[Batch]:
-        """n batches of an epoch (of at most `limit` sentences), as long and padded as all are."""
+    def epoch(self, kind: str, size: int, limit: int = 0) -> list[Batch]:
+        """The batches of an epoch (of at most `limit` sentences), shortest first."""
         generator, among = torch.Generator().manual_seed(0), self.train[kind]
         if limit:
             order = torch.randperm(len(among), generator=generator)[:limit].numpy()
             among = among[order]
-        epoch = list(islice(batches(self.encoded, among, size, generator), len(among) // size))
-        epoch.sort(key=lambda batch: batch.ids.shape[1])
-        shapes = np.array([(b.ids.numel(), int(b.attention.sum())) for b in epoch])
+        epoch = islice(batches(self.encoded, among, size, generator), len(among) // size)
+        return sorted(epoch, key=lambda batch: batch.ids.shape[1])
+
+    def spread(self, kind: str, size: int, n: int, limit: int = 0) -> list[Batch]:
+        """n batches of an epoch, as long on average as all are."""
+        epoch = self.epoch(kind, size, limit)
+        lengths = np.array([batch.ids.shape[1] for batch in epoch])
         groups = np.array_split(np.arange(len(epoch)), n)
-        apart = (np.abs(shapes[g] / shapes[g].mean(0) - 1).sum(1) for g in groups)
-        return [epoch[g[each.argmin()]] for g, each in zip(groups, apart, strict=True)]
+        nearest = (g[np.abs(lengths[g] - lengths[g].mean()).argmin()] for g in groups)
+        return [epoch[i] for i in nearest]
 
     def pairs(self, size: int, n: int, limit: int = 0) -> list[Pair]:
         """Batches of targets and of attributes."""
@@ -120,6 +124,14 @@ def text() -> Text:
     encoded = read_classes(encoder.tokenizer, *where, seed=0)
     name = "Brown" if brown else "built-in text (no Brown in the data folder)"
     return Text(name, encoder, encoded, divide(encoded)[0])
+
+
+def padding(
+    some: Iterable[Batch],
+) -> float:  # >= 1
+    """Word pieces with padding, of one without."""
+    counts = [(batch.ids.numel(), int(batch.attention.sum())) for batch in some]
+    return sum(padded for padded, _ in counts) / sum(real for _, real in counts)
 
 
 def native_bfloat16() -> bool:

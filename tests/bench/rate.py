@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pruning_bias.plans import head_plan
 
-from .measuring import Figure, Part, median, product_rate, text
+from .measuring import Figure, Part, median, padding, product_rate, text
 from .steps import BATCH, our_step
 
 PAIRS, ROUNDS = 5, 3
@@ -34,7 +35,7 @@ def operations(
 
 
 def measure_rate(part: Part) -> None:
-    """Rate of a step over rate of torch.mm, each pair of batches beside its own products."""
+    """Rate of a step over rate of torch.mm, in turn; batches padded as those of an epoch are."""
     given = text()
     config, pairs = given.encoder.model.config, given.pairs(BATCH, PAIRS)
     shape = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -43,12 +44,11 @@ def measure_rate(part: Part) -> None:
     (hidden, inner, _), rows = shape, BATCH * pairs[PAIRS // 2][0].ids.shape[1]
     products = [(1024,) * 3, (rows, hidden, hidden), (rows, hidden, inner), (rows, inner, hidden)]
     rates: dict[tuple, list[float]] = {product: [] for product in products}
-    taken, asked, padded = [], [], []
+    taken, asked = [], []
     for pair in pairs:
         ways[False](pair)  # the teacher's first time
         lengths = torch.cat([batch.attention.sum(1) for batch in pair]).numpy()
         asked.append(operations(lengths, *shape))
-        padded.append(sum(batch.ids.numel() for batch in pair) / lengths.sum())
         seconds = []
         for _ in range(ROUNDS):
             seconds.append(median(lambda: ways[False](pair), 1))  # noqa: B023
@@ -58,14 +58,16 @@ def measure_rate(part: Part) -> None:
     pair = pairs[PAIRS // 2]
     few = tuple(batch.rows([0, 1]) for batch in pair)
     times = [median(lambda: ways[mixed](few), 2) for mixed in (False, True)]  # noqa: B023
+    epoch = padding(chain(*(given.epoch(kind, BATCH) for kind in ("target", "attributes"))))
+    rate = sum(asked) / sum(taken) * padding(chain(*pairs)) / epoch
     middle = {"x".join(map(str, p)): statistics.median(found) for p, found in rates.items()}
     part.numbers = {
         "text": given.name,
-        "step_rate": sum(asked) / sum(taken),
-        "step_rate_bfloat16": sum(asked) / sum(taken) * times[0] / times[1],
+        "step_rate": rate,
+        "step_rate_bfloat16": rate * times[0] / times[1],
         "product_rates": middle,
         "step_rate_by_pair": [a / t for a, t in zip(asked, taken, strict=True)],
-        "padded_per_real_piece": sum(padded) / PAIRS,
+        "padded_per_real_piece": {"these": padding(chain(*pairs)), "an epoch": epoch},
         "time_by_operator": _operators(lambda: ways[False](pair)),
     }  # fmt: skip
     part.figures = _lines(part.numbers)
