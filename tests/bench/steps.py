@@ -105,8 +105,7 @@ def compared(heads: bool, given: Text) -> dict[str, float]:  # seconds per step
         seconds["ours, first epoch"] += median(lambda: ways["ours"](pair), 1) / PAIRS  # noqa: B023
         for name, way in ways.items():
             given_to = pair if name == "ours" else given.padded(pair)
-            rounds = 3 if name == "ours" else 1
-            seconds[name] += median(lambda: way(given_to), rounds) / PAIRS  # noqa: B023
+            seconds[name] += median(lambda: way(given_to)) / PAIRS  # noqa: B023
     half = our_step(a, plan, mixed=True)
     half(few)
     some = pairs[1] if native_bfloat16() else few  # without it, a full batch takes a minute
