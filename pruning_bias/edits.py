@@ -35,7 +35,7 @@ class Owner(Protocol):
 
 # %% ../nbs/04_edits.ipynb #4890f8e4
 def _spread(groups: Tensor, size: int) -> Tensor:
-    return groups[:, None].expand(-1, size).reshape(-1)
+    return groups[..., None].expand(*groups.shape, size).flatten(-2)
 
 
 class Masked:
@@ -50,16 +50,16 @@ class Masked:
         if site.bias == "gated" and C != 1:
             raise ValueError(f"{site.linear}: a bias can be gated only where groups are whole rows")
 
-    def z(self) -> Tensor:  # [R, C]
+    def z(self) -> Tensor:  # [R, C], or [B, T or 1, R, C]
         """What multiplies here, at the subnetwork's strength."""
-        z = self.gate().T if self.site.transposed else self.gate()
+        z = self.gate().mT if self.site.transposed else self.gate()
         return z if self.owner.scale == 1 else 1 + self.owner.scale * (z - 1)
 
-    def h(self, z: Tensor) -> Tensor | float:  # [out] or 1
+    def h(self, z: Tensor) -> Tensor | float:  # [..., out] or 1
         """What multiplies the bias."""
         if self.site.bias == "keep":
             return 1.0
-        rows = z[:, 0] if self.site.bias == "gated" else (z != 0).any(1).to(z.dtype)
+        rows = z[..., 0] if self.site.bias == "gated" else (z != 0).any(-1).to(z.dtype)
         return _spread(rows, self.site.grid.rows)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -76,7 +76,7 @@ class Masked:
         if self.acts_on == "columns":
             z = self.z()
             bias = None if bias is None else bias * self.h(z)
-            return x * _spread(z[0], self.site.grid.cols), weight, bias
+            return x * _spread(z[..., 0, :], self.site.grid.cols), weight, bias
         return x, weight, bias
 
     def after(self, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +84,7 @@ class Masked:
         if self.acts_on != "rows":
             return y, bias
         z = self.z()
-        rows = _spread(z[:, 0], self.site.grid.rows)
+        rows = _spread(z[..., 0], self.site.grid.rows)
         if bias is None:
             return y * rows, None
         h = self.h(z)
