@@ -158,7 +158,9 @@ def _panel(ax: Axes, figures: pd.DataFrame, where: pd.DataFrame) -> None:
     for label, one in figures.groupby("configuration", sort=False):
         layer, mode, way = where.loc[label]
         cell, test = Cells(one), one["test"].iloc[0]
-        row = cell.found["effect_size", test, "after"]
+        row = cell.found.get(("effect_size", test, "after"))
+        if row is None:  # of one state for all sentences there is no effect size
+            continue
         shift = ways.index(way) + 0.45 * (mode == "token") - 0.5 * len(ways) + 0.3
         at, color = layers.index(layer) + 0.8 * shift / len(ways), COLORS[ways.index(way) % 7]
         look = {"fmt": "o", "markersize": 5, "color": color, "elinewidth": 1}

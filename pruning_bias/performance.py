@@ -189,7 +189,9 @@ def trade_figure(
     figure.supxlabel("mean |d| of the association tests, before fine-tuning", fontsize=8)
     figure.supylabel("score × 100", fontsize=8)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=across, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -204,4 +206,4 @@ def _panel(ax: Axes, rows: pd.DataFrame, starts: list[str]) -> None:
             mean["size"], mean["score"], fmt="o", markersize=7, label=start, **spread, **look
         )
     ax.axhline(rows["majority"].mean(), color="#777777", linestyle="--", linewidth=1)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.1 * ax.get_xlim()[1])

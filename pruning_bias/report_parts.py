@@ -9,6 +9,7 @@ __all__ = ['READING', 'P_VALUES', 'STARS', 'SCORES', 'PAIRED', 'Part', 'parts', 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -71,6 +72,8 @@ class Part:
     def __post_init__(self) -> None:
         self.tables = {name: table for name, table in self.tables.items() if len(table)}
         self.figures = {name: figure for name, figure in self.figures.items() if figure}
+        for figure in self.figures.values():
+            plt.close(figure)  # it is shown or saved by whoever takes it
 
     def __bool__(self) -> bool:
         return bool(self.words or self.tables or self.figures)

@@ -61,8 +61,10 @@ def _terminal(runs: pd.DataFrame, report: dict[str, Part]) -> Iterator[str]:
         for suite in sorted({test.split("-")[0] for test in one["test"] if "-" in test}):
             yield terminal_table(one, suite)
     names = ("movement", "variants", "often_closed", "gains") if many else ()
-    told = conclusions(runs)
-    lines = [] if many else [*(told["headline"] + " " + told["test_6"])]
+    lines: list[str] = []
+    if not many:
+        told = conclusions(runs)
+        lines += [*(told["headline"] + " " + told["test_6"])]
     for part in (report[name] for name in (*names, "tasks") if name in report):
         lines += part.words
     for line in lines:

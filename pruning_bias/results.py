@@ -66,7 +66,8 @@ def load_results(
         metrics = read_json(folder / "metrics.json")
         if file_sha256(folder / "metrics.json") != read_json(folder / "done.json")["metrics.json"]:
             raise ValueError(f"{folder}: metrics.json was changed after the run; remove the folder")
-        rows += [facts(folder) | row for row in metrics]
+        about = facts(folder)
+        rows += [about | row for row in metrics]
     return pandas.DataFrame(rows)
 
 
