@@ -55,4 +55,5 @@ def open_encoder(
     if (folder / "masks.safetensors").is_file():
         load(folder / "masks.safetensors", found.model)
     found.model.config.name_or_path = name
-    return Encoder(found.model, found.tokenizer, f"{name} of {found.source}")
+    source = name if trained.is_dir() else f"{name} of {found.source}"
+    return Encoder(found.model, found.tokenizer, source)

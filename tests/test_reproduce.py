@@ -45,7 +45,7 @@ def test_a_missing_corpus_is_refused_before_any_run(
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(("profile", "test"), [("demo", "builtin-6"), ("brown", "SEAT-6")])
+@pytest.mark.parametrize(("profile", "test"), [("demo", "builtin-6"), ("small", "SEAT-6")])
 def test_bias_moves_in_what_is_committed(profile: str, test: str) -> None:
     """A third of test 6 or more, beyond chance, over three seeds, drift below the controls'."""
     frame = movement_runs(load_results(project_root() / "results" / "reference" / profile))
