@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pruning_bias import synthetic
+from pruning_bias.anatomy import load_encoder
 from pruning_bias.corpus import Sentence, find_sentence, lines
 from pruning_bias.encoding import Batch, encode
 from pruning_bias.settings import data_folder, find_data
@@ -26,6 +27,7 @@ def measure_scanning(part: Part) -> None:
     corpora = sorted((data_folder() / "corpora").glob("*.txt.gz"))
     lexicon = choose_lexicon("published" if find_data("words/male.txt") else "builtin")
     stream = chain.from_iterable(map(lines, corpora)) if corpora else synthetic.sentences(10**5, 0)
+    tokenizer = load_encoder("packaged").tokenizer
     before, start, rows = _peak(), time.perf_counter(), []
 
     def found() -> Iterator[Sentence]:
@@ -37,7 +39,7 @@ def measure_scanning(part: Part) -> None:
                 rows.append((seen, time.perf_counter() - start, _peak() - before))
         rows.append((seen, time.perf_counter() - start, _peak() - before))
 
-    encoded = encode(text().encoder.tokenizer, found())
+    encoded = encode(tokenizer, found())
     names = "sentences", "seconds", "memory_mib"
     table = [dict(zip(names, row, strict=True)) for row in rows]
     arrays = sum(x.nbytes for x in (encoded.ids, encoded.words, encoded.offsets, encoded.kinds))
