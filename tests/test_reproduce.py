@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pruning_bias import reproduce as command
-from pruning_bias.averages import movement_runs
+from pruning_bias.averages import main_runs, movement_runs
 from pruning_bias.conclusions import verdicts
 from pruning_bias.results import load_results
 from pruning_bias.runs import DebiasOnly, HeadMovement
@@ -48,7 +48,8 @@ def test_a_missing_corpus_is_refused_before_any_run(
 @pytest.mark.parametrize(("profile", "test"), [("demo", "builtin-6"), ("small", "SEAT-6")])
 def test_bias_moves_in_what_is_committed(profile: str, test: str) -> None:
     """A third of test 6 or more, beyond chance, over three seeds, drift below the controls'."""
-    frame = movement_runs(load_results(project_root() / "results" / "reference" / profile))
+    kept = load_results(project_root() / "results" / "reference" / profile)
+    frame = main_runs(movement_runs(kept))
     found = verdicts(frame)
     six = found[(found.test == test) & (found.draws > 0) & (found.n >= 3)]
     helped = six[(six.fall >= six.before.abs() / 3) & (six.gain > 0)]
