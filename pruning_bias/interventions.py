@@ -17,7 +17,7 @@ from .cells import number
 from .stability import holm
 
 # %% ../nbs/17_interventions.ipynb #14d8e21f
-MEAN = "mean size"  # of the effect sizes of a suite; a bar, as in |d|, would break a table
+MEAN = "mean size"  # of the effect sizes of a suite; a bar would break a table
 
 
 def interventions(
