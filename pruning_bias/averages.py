@@ -103,8 +103,17 @@ def movement_runs(
         return frame
     fresh = ~frame["encoder"].str.startswith("run:")
     runs = frame[frame["experiment"].isin(MOVEMENT) & fresh].reset_index(drop=True)
-    runs = once(runs)
+    runs = _with_meaning(once(runs))
     return runs.assign(**labels(runs)) if len(runs) else runs
+
+
+def _with_meaning(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without effect sizes where nothing is open: all sentences have one state there."""
+    if "metric" not in frame:  # histories
+        return frame
+    nothing = frame.loc[(frame["metric"] == "density") & (frame["value"] == 0), "digest"]
+    sizes = (frame["metric"] == "effect_size") & (frame["state"] != "before")
+    return frame[~(sizes & frame["digest"].isin(nothing))].reset_index(drop=True)
 
 
 def once(

@@ -127,7 +127,8 @@ def training_figure(
 
 def _scale(values: pd.Series, which: list[tuple[Axes, str]]) -> None:
     """From zero on; logarithmic above the lowest tenth where the values span too much."""
-    low, high = values[values > 0].quantile(0.1), values.max()
+    high = values.max()
+    low = max(values[values > 0].quantile(0.1), 1e-3 * high)  # rounding is not worth a decade
     for ax, axis in which:
         if high > 30 * low:
             (ax.set_xscale if axis == "x" else ax.set_yscale)("symlog", linthresh=low)

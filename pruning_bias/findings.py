@@ -36,7 +36,7 @@ def findings(
             told.append(_on_six(main, rows[six], most))
         if not six.all():
             told.append(_on_others(suite, rows[~six]))
-    return told + _by_way(main) + _by_place(main)
+    return told + _closed(main) + _by_way(main) + _by_place(main)
 
 
 def _on_six(main: pd.DataFrame, rows: pd.DataFrame, most: int) -> str:
@@ -72,6 +72,13 @@ def _on_others(suite: str, rows: pd.DataFrame) -> str:
     return f"{text}, and {rise} rise; luck alone would give {chance} of each at most."
 
 # %% ../nbs/17_findings.ipynb #8d160e9a
+def _closed(main: pd.DataFrame) -> list[str]:
+    """Which runs close everything, and so leave no effect size."""
+    nothing = main[(main["metric"] == "density") & (main["value"] == 0)]
+    names = "; ".join(nothing["configuration"].unique())
+    return [f"Everything is closed by {names}: no effect size is left to speak of."] * bool(names)
+
+
 def _by_way(main: pd.DataFrame) -> list[str]:
     """What each way leaves of |d|, and at what drift, over its layers and modes."""
     means, told = _means(main, "way"), []

@@ -66,7 +66,8 @@ def tell_gains(
     found, told = gains(frame), []
     if found.empty:
         return told
-    ways = found.assign(way=found["configuration"].str.partition(", ")[0])
+    usual = found[found["digest"].isin(frame.loc[frame["variant"] == "", "digest"])]
+    ways = usual.assign(way=usual["configuration"].str.partition(", ")[0])
     for way, each in ways.groupby("way", sort=False):
         left = each.pivot_table("left", "digest", "metric")
         small, slow = left["parameters"], left["ms_per_sentence"]
@@ -76,5 +77,12 @@ def tell_gains(
         told.append(
             f"{way}: {small.mean():.0%} of the parameters stay ({small.min():.0%} to "
             f"{small.max():.0%}), a sentence takes {slow.mean():.0%} of the time; {len(left)} runs."
+        )
+    left = found.pivot_table("left", "digest", "metric")
+    noise = left.loc[left["parameters"] == 1, "ms_per_sentence"]
+    if len(noise) > 1:
+        told.append(
+            f"Where nothing leaves, the time still comes out as {noise.mean():.0%} ± "
+            f"{noise.std():.0%} ({len(noise)} runs): less than that is noise."
         )
     return told

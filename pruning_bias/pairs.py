@@ -6,19 +6,20 @@
 __all__ = ['COLUMNS', 'changes', 'variants_table', 'tell_variants']
 
 # %% ../nbs/17_pairs.ipynb #e1911664
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from .averages import CONTEXT, main_runs, movement_figures, per_run, shorten
+from .averages import CONTEXT, STATES, main_runs, movement_figures, per_run, shorten
 from .cells import context, each_configuration, number
 from .conclusions import interval
 from .findings import LUCK
 from .overview import after, sure
 
 # %% ../nbs/17_pairs.ipynb #9373923c
-COLUMNS = ["usual", "configuration", "variant", "n", "change", "low", "high"]
+COLUMNS = ["usual", "configuration", "variant", "n", "open", "change", "low", "high"]
 
 
 def changes(
@@ -31,13 +32,15 @@ def changes(
 
 def _changes(usual: str, runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """A row for each variant of a usual run."""
-    sizes = per_run(runs)
-    sizes = sizes[(sizes["metric"] == "mean_size") & (sizes["state"] == "after")]
+    found = per_run(runs)
+    sizes = found[(found["metric"] == "mean_size") & (found["state"] == "after")]
     sizes = sizes.pivot_table("value", "seed", "configuration")
+    opened = found[found["metric"] == "density"].groupby("configuration")["value"].min()
     told = runs.groupby("configuration", sort=False)["variant"].first()
     for label, variant in told[told.index != usual].items() if usual else ():
         change = (sizes[label] - sizes[usual]).dropna()
         row = {"usual": usual, "configuration": label, "variant": variant, "n": len(change)}
+        row["open"] = opened.get(label)
         yield row | dict(zip(("change", "low", "high"), interval(change), strict=True))
 
 
@@ -87,9 +90,24 @@ def tell_variants(
     found = changes(frame)
     if found.empty:
         return []
-    text = f"Of {len(found)} variants "
+    text = f"{_usual(frame)} Of {len(found)} variants "
     for what, some in (("lower", found["high"] < 0), ("raise", found["low"] > 0)):
-        names = [f"{r.usual}, {r.variant} ({r.change:+.2f})" for r in found[some].itertuples()]
+        names = [
+            f"{r.usual}, {r.variant} ({r.change:+.2f}{', closes nothing' * (r.open == 1)})"
+            for r in found[some].itertuples()
+        ]
         text += f"{len(names)} {what} the mean size of d against the usual run surely"
         text += f" ({'; '.join(names)}); " if names else "; "
     return [f"{text}luck alone would give {number(LUCK * len(found), digits=1)} of each at most."]
+
+
+def _usual(frame: pd.DataFrame) -> str:
+    """What the usual runs themselves do: a variant that does less may well do better."""
+    told = []
+    for usual, runs in _varied(frame):
+        if usual:
+            found = per_run(runs[runs["configuration"] == usual])
+            sizes = found[found["metric"] == "mean_size"].groupby("state")["value"].mean()
+            before, after = (number(sizes.get(s, math.nan), digits=2) for s in STATES[:2])
+            told.append(f"{usual} {before} → {after}")
+    return f"Mean size of d with the usual runs: {'; '.join(told)}."

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .averages import MOVEMENT, labels, per_run
+from .averages import MOVEMENT, labels, once, per_run
 from .cells import number
 from .charts import COLORS, plain
 from .conclusions import interval
@@ -31,7 +31,7 @@ def scores(
     fine = frame[frame["experiment"] == "FineTuning"] if len(frame) else frame
     if fine.empty:
         return pd.DataFrame(columns=COLUMNS)
-    runs, sizes = _runs(frame), _sizes(frame)
+    fine, runs, sizes = once(fine), _runs(frame), _sizes(frame)
     found = fine[fine["metric"] == "score"].pivot_table("value", ["digest"], "state") * 100
     rows = []
     for run in fine.drop_duplicates("digest").to_dict("records"):
@@ -115,9 +115,9 @@ def tell_scores(
     found: pd.DataFrame,  # from scores
 ) -> list[str]:  # a sentence per encoder that something was done to
     """What each debiased encoder gains or loses on its tasks, seed against the same seed."""
-    told, fresh = [], _fresh(found)
-    own = ["task", "seed"]
+    fresh, own = _fresh(found), ["task", "seed"]
     dense = fresh[fresh["start"] == CAME].set_index(own)
+    told = [text for task, rows in dense.groupby(level="task") if (text := _learned(task, rows))]
     for start, one in fresh[fresh["start"] != CAME].groupby("start", sort=False):
         both = one.set_index(own).join(dense[["score", "size"]], rsuffix="_came", how="inner")
         if both.empty:
@@ -129,6 +129,19 @@ def tell_scores(
             f"{number(both['size'].mean(), digits=2)}; score {', '.join(each)}."
         )
     return told
+
+
+def _learned(task: str, rows: pd.DataFrame) -> str:
+    """Empty, or that the encoder as it came learned nothing."""
+    lead = rows["score"] - rows["majority"]
+    _, low, _ = interval(lead)
+    if (lead.min() if pd.isna(low) else low) > 0:
+        return ""
+    return (
+        f"On {task} the encoder as it came scores {number(rows['score'].mean(), digits=1)}, no "
+        f"better than the most frequent label ({number(rows['majority'].mean(), digits=1)}): what "
+        "is gained or lost there says nothing."
+    )
 
 
 def _change(values: pd.Series) -> str:

@@ -235,9 +235,7 @@ def _gains(runs: pd.DataFrame) -> Part:
     main = main_runs(runs)
     varied = runs[(runs["variant"] != "") & runs["fidelity"].isin(main["fidelity"])]
     some = pd.concat([shown_runs(runs), varied], ignore_index=True)
-    return Part(
-        "Compaction", "", tell_gains(shown_runs(runs)), {"Dense → compact": gains_table(some)}
-    )
+    return Part("Compaction", "", tell_gains(some), {"Dense → compact": gains_table(some)})
 
 
 def _tasks(frame: pd.DataFrame) -> Part:

@@ -20,6 +20,7 @@ from pruning_bias.averages import labels, movement_figures, movement_runs
 from pruning_bias.charts import seat_figure, training_figure
 from pruning_bias.comparison import agreement, compare
 from pruning_bias.conclusions import conclusions, verdicts
+from pruning_bias.findings import findings
 from pruning_bias.maps import closing_map, draw_blocks, draw_closing, draw_heads
 from pruning_bias.overview import main_table, table_by_test
 from pruning_bias.pairs import variants_table
@@ -443,6 +444,17 @@ def test_what_is_gained_and_what_it_costs_are_parts_where_there_are_such_runs(
     assert "score RTE -10.0 (2 of 2 seeds)" in tasks.words[0]
     assert list(tasks.figures) == ["trade"]
     plt.close("all")
+
+
+def test_where_everything_is_closed_no_effect_size_is_left(results: Path) -> None:
+    nothing = {f"{layer}/value": np.zeros((4, 1), bool) for layer in range(2)}
+    for seed in range(3):
+        run = HeadMovement(seed=seed, layer="first")
+        leave_run(results, run, measured(0.0, 0.0, 0.0, 70.0), (), nothing)
+    runs = movement_runs(load_results(results))
+    row = main_table(runs).set_index("configuration").loc["heads (value), first/token"]
+    assert (row["builtin-6"], row["open"], row["drift"]) == ("", "0.000", "70.0")
+    assert "Everything is closed by heads (value), first/token" in " ".join(findings(runs))
 
 
 def test_without_runs_nothing_is_written(tmp_path: Path) -> None:
