@@ -26,10 +26,13 @@ from .tickets import Keep, read_masks, survivors, ticket_size
 # %% ../nbs/17_authors.ipynb #2d61c557
 SEEDS = (1337, 42, 86, 71, 166)
 ORDER = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")  # of their draws
-GOOD, RANDOM, BAD = "heads_mlps", "heads_mlps_random", "heads_mlps_bad_1"
+GOOD = "heads_mlps"  # folders of their masks, here and below
+RANDOM = "heads_mlps_random"
+BAD = "heads_mlps_bad_1"
 SUPERS = "heads_mlps_super"
 _SETS = (GOOD, RANDOM, BAD, SUPERS, "heads", "mlps")
-HEADS, MLPS = "value", "mlp"
+HEADS = "value"  # parts of a mask
+MLPS = "mlp"
 Masks = dict[str, dict[str, list[Keep]]]  # task -> set -> a mask per seed
 
 
