@@ -102,6 +102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'pruning_bias.charts': { 'pruning_bias.charts._dumbbell': ('charts.html#_dumbbell', 'pruning_bias/charts.py'),
                                      'pruning_bias.charts._full': ('charts.html#_full', 'pruning_bias/charts.py'),
                                      'pruning_bias.charts._scale': ('charts.html#_scale', 'pruning_bias/charts.py'),
+                                     'pruning_bias.charts.panels': ('charts.html#panels', 'pruning_bias/charts.py'),
                                      'pruning_bias.charts.plain': ('charts.html#plain', 'pruning_bias/charts.py'),
                                      'pruning_bias.charts.save_figure': ('charts.html#save_figure', 'pruning_bias/charts.py'),
                                      'pruning_bias.charts.seat_figure': ('charts.html#seat_figure', 'pruning_bias/charts.py'),

@@ -6,14 +6,13 @@
 __all__ = ['LUCK', 'findings', 'places_figure']
 
 # %% ../nbs/17_findings.ipynb #c8674cfc
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .averages import LAYERS, STATES, main_runs, movement_figures, per_run
 from .cells import Cells, context, each_configuration, number
-from .charts import COLORS, plain
+from .charts import COLORS, panels
 from .conclusions import drift_size, verdicts
 
 # %% ../nbs/17_findings.ipynb #823d3233
@@ -133,28 +132,12 @@ def places_figure(
     figures = movement_figures(main)
     figures = figures[figures["metric"] == "effect_size"]
     tests = list(figures["test"].unique())
-    lines = -(-len(tests) // 3)
-    figure, axes = plt.subplots(
-        lines,
-        3,
-        figsize=(10.5, 2.5 * lines + 0.5),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax, test in zip(axes.flat, tests, strict=False):
+
+    def draw(ax: Axes, test: str) -> None:
         _panel(ax, figures[figures["test"] == test], where)
-        ax.set_title(test)
-        plain(ax)
-    for ax in axes.flat[len(tests) :]:
-        ax.set_visible(False)
+
+    figure = panels(tests, draw, (3.3, 2.5), share=True)
     figure.supylabel("effect size d", fontsize=8)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        found.values(), found, loc="outside lower center", ncols=4, frameon=False, fontsize=8
-    )
     return figure
 
 

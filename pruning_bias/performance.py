@@ -9,14 +9,13 @@ __all__ = ['CAME', 'COLUMNS', 'scores', 'score_table', 'tell_scores', 'task_firs
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .averages import MOVEMENT, labels, once, per_run
 from .cells import number
-from .charts import COLORS, plain
+from .charts import COLORS, panels
 from .conclusions import interval
 
 # %% ../nbs/17_performance.ipynb #35655ad8
@@ -184,27 +183,13 @@ def trade_figure(
     if fresh["start"].nunique() < 2:
         return None
     tasks, starts = list(dict.fromkeys(fresh["task"])), list(dict.fromkeys(fresh["start"]))
-    across = min(3, len(tasks))
-    lines = -(-len(tasks) // across)
-    figure, axes = plt.subplots(
-        lines,
-        across,
-        figsize=(3.2 * across + 0.6, 2.7 * lines + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax, task in zip(axes.flat, tasks, strict=False):
+
+    def draw(ax: Axes, task: str) -> None:
         _panel(ax, fresh[fresh["task"] == task], starts)
-        ax.set_title(task)
-        plain(ax)
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_visible(False)
+
+    figure = panels(tasks, draw, (3.2, 2.7), legend="upper center")
     figure.supxlabel("mean |d| of the association tests, before fine-tuning", fontsize=8)
     figure.supylabel("score × 100", fontsize=8)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=across, frameon=False, fontsize=8
-    )
     return figure
 
 

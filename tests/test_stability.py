@@ -331,7 +331,9 @@ def test_agreement_of_seeds_in_table_and_words(tmp_path: Path) -> None:
         leave_masks(tmp_path, HeadMovement(seed=i, layer="all"), heads(other[i])) for i in range(3)
     ]
     rows += [leave_masks(tmp_path, HeadMovement(layer="first"), heads(truth))]
-    frame = pd.DataFrame([row | {"metric": "closed", "value": 1.0} for row in rows for _ in "ab"])
+    frame = pd.DataFrame(
+        [row | {"metric": "closed", "state": "after", "value": 1.0} for row in rows]
+    )
     every = agreements(tmp_path, frame, draws=2000)
     found = every.set_index("configuration")
     same, apart = found.loc["heads (value), last/token"], found.loc["heads (value), all/token"]
