@@ -11,6 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -191,7 +192,7 @@ def _collect(
     jobs: list[Job], stream: Iterator[_Ended | None], progress: bool
 ) -> tuple[list[Path], dict[str, str]]:
     """Follow the jobs to their end, on one line of progress and a line for each that ended."""
-    finished, failed = [], {}
+    finished, failed, began = [], {}, time.time()
     values: dict[str, Counter] = {}
     for job in jobs:
         for name, value in job.parameters.items():
@@ -201,7 +202,7 @@ def _collect(
     with bar, closing(stream):
         for end in stream:
             if end is None:
-                bar.set_postfix_str(_notes(jobs))
+                bar.set_postfix_str(_notes(jobs, began))
                 continue
             job, error = end
             if error is None:
@@ -218,16 +219,17 @@ def _collect(
     return finished, failed
 
 
-def _notes(jobs: list[Job]) -> str:
-    """How far the running runs are, as they say it themselves."""
+def _notes(jobs: list[Job], began: float) -> str:
+    """How far the running runs are, as they say it themselves; not those killed before."""
     names, notes = {job.digest: job.experiment for job in jobs}, []
     for folder in {job.folder.parent for job in jobs}:
         for file in folder.glob(".*.tmp/progress"):
             digest = file.parent.name[1:13]
             try:
                 step, total = file.read_text().split()
+                old = file.stat().st_mtime < began
             except (OSError, ValueError):  # it just ended
                 continue
-            if digest in names:
+            if digest in names and not old:
                 notes.append(f"{names[digest]} {digest[:4]} {step}/{total}")
     return ", ".join(sorted(notes))

@@ -1,25 +1,18 @@
 """What each form of the debias loss can see: leanings, their shares, and what descent leaves."""
 
-from pathlib import Path
-from typing import Any
-
-import matplotlib
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
+from helpers import in_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pruning_bias.debias import orthogonality, pool
 from pruning_bias.encoding import Batch, Encoded, in_order
-from pruning_bias.execution import job_of
 from pruning_bias.leanings import forms, leanings
-from pruning_bias.runs import Blindness, parameters
+from pruning_bias.runs import Blindness
 
-matplotlib.use("Agg")
 FORMS = {
     "equation": {},
     "published": {"squared_sum": True},
@@ -162,19 +155,6 @@ def test_pooled_prototypes_are_their_mean_in_every_layer() -> None:
 
 
 # the experiment
-
-
-def in_process(run: Blindness) -> dict[str, Any]:
-    """The names that the experiment's notebook ends with."""
-    names: dict[str, Any] = {}
-    path = Path(job_of(run, None).notebook)
-    for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, path.stem, "exec"), names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names.update(parameters(run))
-    plt.close("all")
-    return names
 
 
 @pytest.fixture(scope="module")

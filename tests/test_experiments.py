@@ -8,14 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
 import transformers
+from helpers import in_process
 
 from pruning_bias.anatomy import load_encoder
 from pruning_bias.execution import RunFailed, execute, job_of
@@ -30,26 +27,9 @@ from pruning_bias.runs import (
     OftenClosed,
     Run,
     digest,
-    parameters,
 )
 from pruning_bias.sources import open_encoder
 from pruning_bias.subnetworks import subnetworks
-
-matplotlib.use("Agg")
-
-
-def in_process(run: Run) -> dict[str, Any]:
-    """The names a run's notebook ends with; its cells are run here, where torch is imported."""
-    path = Path(job_of(run, None).notebook)
-    names: dict[str, Any] = {}
-    for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, path.stem, "exec"), names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names.update(parameters(run))
-    plt.close("all")
-    return names
-
 
 CHOICES = [
     DebiasOnly(layer="first", mode="sentence"),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import density
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import BertConfig, BertModel, PreTrainedModel
@@ -535,16 +536,6 @@ def movement(model: PreTrainedModel, run: dict[str, Any]) -> Subnetwork:
     for name, gate in subnetwork.gates.items():
         gate.requires_grad_(name in trained)
     return subnetwork
-
-
-def density(subnetwork: Subnetwork) -> float:
-    """Open weights of the gated maps over all their weights."""
-    kept = total = 0
-    for name, keep in subnetwork.keep().items():
-        for site in subnetwork.plan[name]:
-            size = site.grid.rows * site.grid.cols
-            kept, total = kept + int(keep.sum()) * size, total + keep.numel() * size
-    return kept / total
 
 
 def pair_of(model: PreTrainedModel, attributes: Encoded, layer: str) -> Tensor:

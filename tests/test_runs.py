@@ -464,7 +464,9 @@ def test_a_running_run_says_how_far_it_is(tmp_path):
     running = job.folder.with_name(f".{job.digest}.host-1.tmp")
     running.mkdir(parents=True)
     (running / "progress").write_text("120 200")
-    assert executors._notes([job]) == f"HeadMovement {job.digest[:4]} 120/200"
+    now = time.time()
+    assert executors._notes([job], now - 60) == f"HeadMovement {job.digest[:4]} 120/200"
+    assert executors._notes([job], now + 60) == ""  # left by a driver that was killed
 
 
 # ---- where runs go

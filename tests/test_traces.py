@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from helpers import density
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim import AdamW
@@ -301,16 +302,6 @@ def gated(case: Case, model: BertModel) -> Subnetwork:
                 gate = subnetwork.gates[f"{i}/{part}"]
                 gate.scores.data = subnetwork.gates[f"{i}/query"].scores.data
     return subnetwork
-
-
-def density(subnetwork: Subnetwork) -> float:
-    """Open weights of the gated matrices over all their weights."""
-    kept = total = 0
-    for name, keep in subnetwork.keep().items():
-        for site in subnetwork.plan[name]:
-            size = site.grid.rows * site.grid.cols
-            kept, total = kept + int(keep.sum()) * size, total + keep.numel() * size
-    return kept / total
 
 
 def ours(case: Case) -> tuple[list[dict], Scores]:
