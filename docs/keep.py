@@ -1,6 +1,6 @@
 """Our results become the reference that is committed: `python docs/keep.py PROFILE`.
 
-Everything of a run stays but weights, and the executed notebook of all seeds but the first.
+Of a run all stays but weights, masks of single weights, and, after the first seed, its notebook.
 """
 
 import json
@@ -34,7 +34,7 @@ def keep(profile: str) -> None:
     shutil.rmtree(theirs, ignore_errors=True)
     for run in runs:
         kind = json.dumps(parameters(run) | {"seed": None})
-        leave = ["model"] + ["notebook.ipynb"] * (kind in seen)
+        leave = ["model", "weight_masks"] + ["notebook.ipynb"] * (kind in seen)
         seen.add(kind)
         shutil.copytree(run, theirs / run.relative_to(ours), ignore=lambda *_, n=leave: n)
     for made in ("tables", "figures", "reports"):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PACKAGED_SHA256', 'LAYERS', 'Layer', 'Anatomy', 'anatomy', 'packaged_folder', 'tiny_encoder', 'Encoder',
-           'resolve_device', 'load_encoder', 'select_layers']
+           'resolve_device', 'load_encoder', 'select_layers', 'first_piece_only']
 
 # %% ../nbs/03_anatomy.ipynb #d4a81699
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -216,3 +217,15 @@ def select_layers(
         layer
     ]
     return states[start:stop]
+
+# %% ../nbs/03_anatomy.ipynb #19ba0715
+def first_piece_only(
+    model: PreTrainedModel,
+) -> AbstractContextManager:
+    """The last layer of a BERT, RoBERTa or ELECTRA gives [B, 1, D], for the length of a `with`."""
+    if model.config.model_type not in ("bert", "roberta", "electra"):
+        return nullcontext()  # where the attention takes in the residual, or layers are shared
+    output = anatomy(model).layers[-1].attention_output.removesuffix(".dense")
+    return model.get_submodule(output).register_forward_pre_hook(
+        lambda _, states: tuple(each[:, :1] for each in states)
+    )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import first_piece_only
 from .associations import association_tests
 from .encoding import alike
 from .settings import fetch, find_data
@@ -156,7 +157,7 @@ def embed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],  # repeats cost nothing
-    batch_size: int = 64,  # texts per forward pass
+    batch_size: int = 128,  # texts per forward pass
 ) -> dict[str, Tensor]:  # text -> [D] float32 on the CPU
     """The first piece's last hidden state of each text."""
     unique = list(dict.fromkeys(texts))
@@ -164,7 +165,8 @@ def embed(
     found: dict[str, Tensor] = {}
     for some in alike(np.array([len(row) for row in ids]), batch_size):
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
-        states = model(**inputs.to(model.device)).last_hidden_state[:, 0].float().cpu()
+        with first_piece_only(model):
+            states = model(**inputs.to(model.device)).last_hidden_state[:, 0].float().cpu()
         found |= {unique[i]: state for i, state in zip(some, states, strict=True)}
     return found
 

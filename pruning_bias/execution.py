@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from .environment import environment
 from .notebooks import check_notebook, first_line, read_notebook
-from .runs import Run, digest_of, parameters
+from .parameters import Run, digest_of, parameters
 from .settings import file_sha256, load_settings, project_root, write_atomic
 
 # %% ../nbs/18_execution.ipynb #6e86688d

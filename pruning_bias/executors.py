@@ -25,8 +25,8 @@ from tqdm import tqdm
 from .environment import cores, output_of
 from .execution import Job, RunFailed, job_of
 from .notebooks import first_line
+from .parameters import Run
 from .results import facts
-from .runs import Run
 from .settings import load_settings
 from .worker import work
 

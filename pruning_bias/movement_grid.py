@@ -8,15 +8,8 @@ __all__ = ['PLACES', 'LAST', 'SLIPS', 'grid', 'left_by', 'everywhere', 'variants
 # %% ../nbs/20_movement_grid.ipynb #8fd0e0c0
 from collections.abc import Iterable
 
-from pruning_bias.runs import (
-    BlockMovement,
-    DebiasOnly,
-    FineTuning,
-    HeadMovement,
-    OftenClosed,
-    Run,
-    digest,
-)
+from .parameters import Run, digest
+from .runs import BlockMovement, DebiasOnly, FineTuning, HeadMovement, OftenClosed
 
 # %% ../nbs/20_movement_grid.ipynb #1af3d97f
 def grid(

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import nbformat
 
 from pruning_bias.execution import job_of
-from pruning_bias.runs import Run, parameters
+from pruning_bias.parameters import Run, parameters
 from pruning_bias.subnetworks import Subnetwork
 
 matplotlib.use("Agg")

@@ -32,8 +32,9 @@ from pruning_bias.execution import job_of
 from pruning_bias.fidelity import ALONE, Fidelity
 from pruning_bias.gates import ThresholdGate
 from pruning_bias.movement_grid import audit
+from pruning_bias.parameters import Run, digest, parameters
 from pruning_bias.plans import Plan, block_plan, ffn_plan, head_output_plan, head_plan
-from pruning_bias.runs import DebiasOnly, HeadMovement, Run, digest, parameters
+from pruning_bias.runs import DebiasOnly, HeadMovement
 from pruning_bias.subnetworks import attach_
 
 matplotlib.use("Agg")

@@ -17,6 +17,7 @@ from helpers import in_process
 from pruning_bias.anatomy import load_encoder
 from pruning_bias.execution import RunFailed, execute, job_of
 from pruning_bias.executors import execute_all
+from pruning_bias.parameters import Run, digest
 from pruning_bias.results import load_results
 from pruning_bias.runs import (
     Blindness,
@@ -25,8 +26,6 @@ from pruning_bias.runs import (
     FineTuning,
     HeadMovement,
     OftenClosed,
-    Run,
-    digest,
 )
 from pruning_bias.sources import open_encoder
 from pruning_bias.subnetworks import subnetworks

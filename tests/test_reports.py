@@ -24,19 +24,12 @@ from pruning_bias.findings import findings
 from pruning_bias.maps import closing_map, draw_blocks, draw_closing, draw_heads
 from pruning_bias.overview import main_table, table_by_test
 from pruning_bias.pairs import variants_table
+from pruning_bias.parameters import digest, parameters
 from pruning_bias.published import PUBLISHED, published_table
 from pruning_bias.report_parts import P_VALUES, parts
 from pruning_bias.reports import write_report
 from pruning_bias.results import load_histories, load_results
-from pruning_bias.runs import (
-    BlockMovement,
-    DebiasOnly,
-    FineTuning,
-    HeadMovement,
-    Movement,
-    digest,
-    parameters,
-)
+from pruning_bias.runs import BlockMovement, DebiasOnly, FineTuning, HeadMovement, Movement
 
 Measured = dict[str, float]  # a test's name, bias or drift -> value
 DENSE = {"builtin-6": 1.4, "builtin-7": 0.3, "bias": 20.0, "drift": 0.0}

@@ -25,19 +25,9 @@ from pruning_bias import execution, executors
 from pruning_bias.execution import RunFailed, execute
 from pruning_bias.executors import execute_all
 from pruning_bias.notebooks import check_notebook
+from pruning_bias.parameters import Run, digest, parameter, parameters, parameters_cell
 from pruning_bias.results import load_histories, load_results
-from pruning_bias.runs import (
-    EXPERIMENTS,
-    BlockMovement,
-    DebiasOnly,
-    HeadMovement,
-    Run,
-    digest,
-    from_parameters,
-    parameter,
-    parameters,
-    parameters_cell,
-)
+from pruning_bias.runs import EXPERIMENTS, BlockMovement, DebiasOnly, HeadMovement, from_parameters
 from pruning_bias.settings import project_root
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"

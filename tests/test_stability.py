@@ -41,6 +41,7 @@ from pruning_bias.masks import (
     read_keep,
     value_heads,
 )
+from pruning_bias.parameters import Run, digest, parameters
 from pruning_bias.plans import block_plan, head_output_plan, head_plan
 from pruning_bias.recurrence import (
     agreement_matrix,
@@ -51,7 +52,7 @@ from pruning_bias.recurrence import (
     tell_agreement,
     tell_matrix,
 )
-from pruning_bias.runs import HeadMovement, OftenClosed, Run, digest, parameters
+from pruning_bias.runs import HeadMovement, OftenClosed
 from pruning_bias.settings import project_root
 from pruning_bias.stability import agreement, between, common_by_chance, layer_excess
 from pruning_bias.subnetworks import attach_

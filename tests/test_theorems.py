@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from pruning_bias.anatomy import LAYERS, anatomy, select_layers, tiny_encoder
+from pruning_bias.anatomy import LAYERS, anatomy, first_piece_only, select_layers, tiny_encoder
 from pruning_bias.benchmarks import association, effect_size, p_value
 from pruning_bias.corpus import KINDS, Sentence, sample
 from pruning_bias.debias import Teacher, debias_loss, hidden_states, token_states, word_states
@@ -178,6 +178,23 @@ def test_every_plan_fits_every_family(family: str, plan: str) -> None:
     assert not any(keep.any() for keep in subnetwork.keep().values())
     assert not torch.equal(run(model, ids), dense)
     assert torch.equal(run(subnetwork.detach_(), ids), dense) and not subnetworks(model)
+
+
+@quick(30)
+@given(encoders(), plans, SEEDS)
+def test_the_first_piece_alone_is_that_of_all(model: PreTrainedModel, plan: str, seed: int) -> None:
+    """Of every family, gated, padded or not; and what follows is whole again."""
+    ids, mask = some_ids(model, seed), torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    attach_(model, PLANS[plan](model), fractions(seed))
+    whole = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    with first_piece_only(model):
+        first = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    few = model.config.model_type in ("bert", "roberta", "electra")
+    assert first.shape[1] == (1 if few else 7)
+    torch.testing.assert_close(first[:, 0], whole[:, 0], rtol=0, atol=1e-12)
+    again = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(again, whole)
 
 
 @quick(20)
