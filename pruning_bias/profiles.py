@@ -100,7 +100,7 @@ def glue(settings: Settings) -> list[Run]:
         (HeadMovement, closing),
     )
     fine = {"examples": 0, "learning_rate": 1e-4, "batch_size": 16}
-    epochs = {"SST-2_sentences": 1, "CoLA": 1, "RTE": 2}
+    epochs = {"SST-2_sentences": 1, "CoLA": 3, "RTE": 2}
     return debiased + [
         run
         for name, count in epochs.items()
