@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .ticket_parts import write_lottery
+
 from .corpus import lines
 from .execution import Job, run_notebook
 from .executors import execute_all
@@ -37,7 +39,8 @@ def reproduce(
         known = ", ".join(f"PAPER={p} PROFILE={q}" for p, q in PROFILES)
         raise ValueError(f"no PAPER={paper} PROFILE={profile}; there are {known}")
     settings = settings or load_settings()
-    root = project_root() / Path(settings.results).expanduser() / profile
+    name = profile if paper == "movement" else f"{paper}_{profile}"
+    root = project_root() / Path(settings.results).expanduser() / name
     runs = PROFILES[paper, profile](settings)
     corpora = {getattr(run, "corpus", "synthetic") for run in runs}
     for corpus in corpora - {"synthetic", "news-commentary"}:
@@ -46,12 +49,19 @@ def reproduce(
     if not (done.finished or done.skipped):
         print("no run finished; nothing to report", file=sys.stderr)
         return 1
-    reference = project_root() / "results" / "reference" / profile
-    print(write_report(root, root, reference if reference.is_dir() else None))
+    print(_report(paper, root))
     print(f"report:    {execute_report(root, paper)}")
     for digest, message in done.failed.items():
         print(f"failed: {digest}: {message}", file=sys.stderr)
     return 1 if done.failed else 0
+
+
+def _report(paper: str, root: Path) -> str:
+    """Write tables and figures; what to print."""
+    if paper == "lottery":
+        return write_lottery(root, root)
+    reference = project_root() / "results" / "reference" / root.name
+    return write_report(root, root, reference if reference.is_dir() else None)
 
 
 def execute_report(
