@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .movement_grid import left_by
-from .parameters import Run
+from .parameters import Run, parameters
 from .runs import FineTuning, ImportancePruning, MagnitudePruning, Ticket
 
 # %% ../nbs/20_lottery_grid.ipynb #c8852065
@@ -37,9 +37,8 @@ def tickets(
     kinds: Iterable[str],
 ) -> list[Ticket]:
     """Each kind of ticket, trained again as the full model was."""
-    recipe = {name: getattr(full, name) for name in FineTuning.__dataclass_fields__}
     sources = " ".join(map(_source, found))
-    given = recipe | {"keep_weights": False, "sources": sources}
+    given = parameters(full) | {"keep_weights": False, "sources": sources}
     return [Ticket(**given, kind=kind) for kind in kinds]
 
 
