@@ -9,8 +9,7 @@ __all__ = ['AS_PUBLISHED', 'KEPT', 'tickets', 'lottery']
 from collections.abc import Iterable
 from typing import Any
 
-from .movement_grid import left_by
-from .parameters import Run, parameters
+from .parameters import Run, left_by, parameters
 from .runs import FineTuning, ImportancePruning, MagnitudePruning, Ticket
 
 # %% ../nbs/20_lottery_grid.ipynb #c8852065

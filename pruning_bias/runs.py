@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Movement', 'DebiasOnly', 'Closing', 'HeadMovement', 'BlockMovement', 'OftenClosed', 'Blindness',
-           'FineTuning', 'Pruning', 'ImportancePruning', 'MagnitudePruning', 'Ticket', 'from_parameters']
+           'FineTuning', 'Pruning', 'ImportancePruning', 'MagnitudePruning', 'Ticket', 'AttentionPatterns',
+           'from_parameters']
 
 # %% ../nbs/16_runs.ipynb #f50f3fa1
 from dataclasses import dataclass, fields
@@ -179,12 +180,31 @@ class Ticket(FineTuning):
         "removed", "what is closed is removed from the model, or held closed"
     )
 
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPatterns(Run):
+    """Which shapes the attention maps have, of all heads and of those that every seed keeps."""
+
+    task: str = parameter("acceptability", "a GLUE task, or acceptability (built-in)")
+    examples: int = parameter(8, "most dev examples whose maps are read; 0 means all", at_least=0)
+    min_pieces: int = parameter(12, "word pieces of the shortest example", at_least=12)
+    max_length: int = parameter(32, "word pieces per example; longer ones are cut", at_least=32)
+    maps: Literal["raw", "normed", "both"] = parameter(
+        "both", "raw (attention), normed (weighed by what is looked at) or both"
+    )
+    tickets: str = parameter("", "good tickets of the seeds, as Experiment/digest and spaces")
+    drawn: int = parameter(200, "drawn maps that the network learns from", at_least=20)
+    epochs: int = parameter(3, "passes over the drawn maps", at_least=1)
+    fidelity: Literal["equations", "published_code"] = parameter(
+        "equations", "equations or published_code (W_O cut by rows, no token types)"
+    )
+
 # %% ../nbs/16_runs.ipynb #4d8fcb85
 EXPERIMENTS = {
     each.__name__: each
     for each in (
         *(DebiasOnly, HeadMovement, BlockMovement, OftenClosed, Blindness, FineTuning),
-        *(ImportancePruning, MagnitudePruning, Ticket),
+        *(ImportancePruning, MagnitudePruning, Ticket, AttentionPatterns),
     )
 }
 
