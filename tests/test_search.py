@@ -442,7 +442,7 @@ def computed(classifier: Classifier, masks: list[Keep], data: EncodedTask) -> li
     """Of each layer, how many tokens every call of the MLP was given."""
     tokens: list[list[int]] = [[] for _ in classifier.encoder.encoder.layer]
     hooks = [
-        layer.intermediate.dense.register_forward_hook(
+        layer.output.dense.register_forward_hook(
             lambda _, args, out, found=found: found.append(args[0][..., 0].numel())
         )
         for layer, found in zip(classifier.encoder.encoder.layer, tokens, strict=True)
