@@ -12,8 +12,8 @@ from pruning_bias.anatomy import Encoder, load_encoder, tiny_encoder
 from pruning_bias.encoding import Batch
 from pruning_bias.importance import all_open
 from pruning_bias.plans import head_plan
-from pruning_bias.qualities import mask_logits
-from pruning_bias.tasks import Classifier
+from pruning_bias.qualities import mask_logits, without_each
+from pruning_bias.tasks import Classifier, EncodedTask
 
 
 def eager_encoder(name: str) -> Encoder:
@@ -70,6 +70,23 @@ def test_masks_of_the_benchmark_are_those_of_a_search_by_the_papers_steps() -> N
     packaged = load_encoder("packaged").model
     counts = [len(masks) for masks in lottery.masks_of_a_search(all_open(packaged))]
     assert counts == [58 + 4, 46 + 4]  # of 72 heads and 6 MLPs
+
+
+def test_masks_that_close_one_more_share_operations() -> None:
+    classifier = Classifier(load_encoder("packaged").model, 2).eval()
+    data = lottery.full_length(text())
+    some = data.batch([0, 1])
+    tiny = EncodedTask(
+        data.task, data.ids[:128], data.types[:128], data.offsets[:3], data.labels[:2]
+    )
+    full = all_open(classifier.encoder)
+    masks = [mask for *_, mask in without_each(full)]
+    with FlopCounterMode(display=False) as each:  # neither side's fused attention is counted
+        lottery.one_at_a_time(classifier, [full], [some])
+    with FlopCounterMode(display=False) as together:
+        mask_logits(classifier, masks, tiny)
+    ratio = len(masks) * each.get_total_flops() / together.get_total_flops()
+    assert 2.6 < ratio < 2.8
 
 
 def test_a_rate_is_positive() -> None:
