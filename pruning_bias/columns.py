@@ -9,9 +9,9 @@ __all__ = ['read_columns']
 from pathlib import Path
 
 # %% ../nbs/12_columns.ipynb #9437290a
-def _text(line: bytes, place: str) -> str:
+def _text(line: bytes, place: str, may_end: bool) -> str:
     """One line without its end."""
-    if not line.endswith(b"\n"):
+    if not (may_end or line.endswith(b"\n")):
         raise ValueError(
             f"{place}: the file ends inside this line, so it may be cut off; fetch it again, or "
             "put an end of line there if it is whole"
@@ -26,13 +26,15 @@ def read_columns(
     path: Path,
     wanted: tuple[str, ...],  # names of C columns
     header: tuple[str, ...] = (),  # of a file without; empty = its first line
+    label: str = "",  # a column whose cells the caller knows from parts of them
 ) -> list[tuple[int, list[str]]]:  # of each line its number, from 1, and its C cells
     """Some columns of a file; ValueError names file and line."""
     rows, names, number = [], list(header), 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
-            cells = _text(line, place).removeprefix("\ufeff" * (number == 1)).split("\t")
+            text = _text(line, place, may_end=names[-1:] == [label])
+            cells = text.removeprefix("\ufeff" * (number == 1)).split("\t")
             if not names:
                 names = cells
                 if missing := {*wanted} - {*names}:

@@ -150,7 +150,8 @@ def read_tsv(
     task: Task,
 ) -> tuple[list[list[str]], list[int | float]]:  # [N] texts of each column, [N] labels
     """The examples of one file; ValueError names file and line."""
-    rows = read_columns(path, (*task.text, task.label), task.header)
+    last = task.label if task.labels else ""
+    rows = read_columns(path, (*task.text, task.label), task.header, last)
     labels = [_label(task, row[-1], f"{path}, line {number}") for number, row in rows]
     return [[row[i] for _, row in rows] for i in range(len(task.text))], labels
 
