@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from pruning_bias.anatomy import tiny_encoder
+from pruning_bias.gates import FixedGate
 from pruning_bias.glue import TASKS
 from pruning_bias.importance import all_open, component_gates, importance, set_gates_
-from pruning_bias.qualities import mask_logits, qualities, tree
+from pruning_bias.plans import head_plan
+from pruning_bias.qualities import mask_logits, qualities, removal_losses, without_each
 from pruning_bias.search import (
     Phase,
     State,
@@ -30,6 +32,7 @@ from pruning_bias.search import (
     size,
     ticket,
 )
+from pruning_bias.subnetworks import attach_
 from pruning_bias.tasks import Classifier, EncodedTask, evaluate_task
 from pruning_bias.tickets import Keep
 
@@ -353,30 +356,75 @@ def classified(family: str, task: str = "MNLI", n: int = 9) -> tuple[Classifier,
 
 
 def some_masks(classifier: Classifier, n: int) -> list[Keep]:
-    """All open, random ones, one twice, and one that differs in the last layer alone."""
+    """All open, random ones, none open, one twice, and one that differs in one place alone."""
     generator, full = torch.Generator().manual_seed(0), all_open(classifier.encoder)
     masks = [full] + [
         {name: torch.rand(z.shape, generator=generator) < 0.6 for name, z in full.items()}
-        for _ in range(n - 3)
+        for _ in range(n - 4)
     ]
+    masks.append({name: torch.zeros_like(z) for name, z in full.items()})
     last = list(full)[-1]
     return [*masks, masks[1], masks[2] | {last: ~masks[2][last]}]
+
+
+def one_by_one(classifier: Classifier, masks: list[Keep], data: EncodedTask) -> Tensor:
+    """Logits of every mask and example, [K, N, outputs], each with gates and alone."""
+    with component_gates(classifier) as gates, torch.no_grad():
+        found = []
+        for mask in masks:
+            set_gates_(gates, {name: z.double() for name, z in mask.items()})
+            found.append(torch.cat([classifier(data.batch([i])) for i in range(len(data))]))
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "albert"])
 def test_many_masks_at_once_are_each_alone(family: str) -> None:
     classifier, data = classified(family)
     masks = some_masks(classifier, 8)
-    together = mask_logits(classifier, masks, data, size=4, together=5)
-    with component_gates(classifier) as gates, torch.no_grad():
-        for i in range(len(data)):
-            for k, mask in enumerate(masks):
-                set_gates_(gates, {name: z.double() for name, z in mask.items()})
-                (alone,) = classifier(data.batch([i]))
-                assert (together[k, i] - alone).abs().max() < 1e-10
+    together = mask_logits(classifier, masks, data, size=4)
+    assert (together - one_by_one(classifier, masks, data)).abs().max() < 1e-10
     assert torch.equal(together[1], together[-2])
     assert (together[0] - together[1]).abs().max() > 0.01
     assert (together[2] - together[-1]).abs().max() > 0.001
+    assert (together[-3] - together[0]).abs().max() > 0.01  # with nothing open
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
+def test_masks_say_the_same_in_any_company(family: str) -> None:
+    classifier, data = classified(family)
+    masks = some_masks(classifier, 8)
+    together = mask_logits(classifier, masks, data)
+    for k, mask in enumerate(masks):
+        (alone,) = mask_logits(classifier, [mask], data, size=3)
+        assert (together[k] - alone).abs().max() < 1e-10
+    assert torch.equal(mask_logits(classifier, masks[::-1], data), together.flip(0))
+
+
+def test_gates_that_are_on_stay_on_under_a_mask() -> None:
+    classifier, data = classified("bert")
+    plain = mask_logits(classifier, [all_open(classifier.encoder)], data)
+    encoder, generator = classifier.encoder, torch.Generator().manual_seed(1)
+    gates = attach_(
+        encoder,
+        head_plan(encoder),
+        lambda _, shape: FixedGate(torch.rand(shape, generator=generator) < 0.5).double(),
+    )
+    masks = some_masks(classifier, 5)
+    found = mask_logits(classifier, masks, data)
+    assert (found - one_by_one(classifier, masks, data)).abs().max() < 1e-10
+    assert (found[0] - plain).abs().max() > 0.01
+    with gates.off():
+        assert (mask_logits(classifier, masks[:1], data) - plain).abs().max() < 1e-10
+
+
+def test_training_goes_on_where_it_was() -> None:
+    classifier, data = classified("bert")
+    masks = some_masks(classifier, 5)
+    wanted = mask_logits(classifier, masks, data)
+    classifier.train()
+    assert torch.equal(mask_logits(classifier, masks, data), wanted)  # without dropout
+    assert all(module.training for module in classifier.modules())
+    assert all(p.requires_grad for p in classifier.parameters())
 
 
 @pytest.mark.parametrize("task", ["MNLI", "STS-B"])
@@ -390,28 +438,62 @@ def test_qualities_are_what_one_mask_at_a_time_has(task: str) -> None:
     assert len(set(found)) > 1
 
 
-def test_layers_below_the_first_difference_are_computed_once() -> None:
-    classifier, data = classified("bert")
-    full = all_open(classifier.encoder)
-    masks = [full | {"2/value": torch.tensor([[k != 0], [k != 1], [k != 2]])} for k in range(4)]
-    rows = []
-    for layer in classifier.encoder.encoder.layer:
-        layer.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
-    mask_logits(classifier, masks, data, size=100, together=4)
-    batches = [rows[i : i + 3] for i in range(0, len(rows), 3)]
-    assert sum(first for first, _, _ in batches) == len(data)
-    assert all(second == first and third == 4 * first for first, second, third in batches)
-
-
-def test_a_tree_has_each_beginning_once() -> None:
-    masks = [
-        {"0/value": torch.tensor([[a], [b]]), "0/mlp": torch.tensor([[c]]), "1/mlp": torch.ones(1)}
-        for a, b, c in ((1, 1, 1), (1, 0, 1), (1, 1, 1), (1, 1, 0), (1, 0, 1))
+def computed(classifier: Classifier, masks: list[Keep], data: EncodedTask) -> list[list[int]]:
+    """Of each layer, how many tokens every call of the MLP was given."""
+    tokens: list[list[int]] = [[] for _ in classifier.encoder.encoder.layer]
+    hooks = [
+        layer.output.dense.register_forward_hook(
+            lambda _, args, out, found=found: found.append(args[0][..., 0].numel())
+        )
+        for layer, found in zip(classifier.encoder.encoder.layer, tokens, strict=True)
     ]
-    layers, at = tree(masks)
-    assert [grown.tolist() for grown, _ in layers] == [[0, 0, 0], [0, 1, 2]]
-    assert [who.tolist() for _, who in layers] == [[0, 1, 3]] * 2
-    assert at.tolist() == [0, 1, 0, 2, 1]
+    mask_logits(classifier, masks, data)
+    for hook in hooks:
+        hook.remove()
+    return tokens
+
+
+def test_layers_are_computed_once_below_a_difference_and_never_where_closed() -> None:
+    classifier, data = classified("bert", n=1)
+    (n,), full = data.lengths, all_open(classifier.encoder)
+    heads = [full | {"1/value": torch.tensor([[k != 0], [k != 1], [k != 2]])} for k in range(4)]
+    assert computed(classifier, heads, data) == [[n], [n] * 4, [1] * 4]
+    closed = torch.zeros(1, 1).bool()
+    mlps = [full | {f"{i}/mlp": closed} for i in range(3)] + [full]
+    assert computed(classifier, mlps, data) == [[n], [n] * 2, [1] * 3]
+    assert computed(classifier, [mask | {"0/mlp": closed} for mask in heads], data)[0] == []
+
+
+def test_the_first_token_is_the_last_layers_only_one() -> None:
+    classifier, data = classified("bert", n=1)
+    seen: list[int] = []
+    layer = classifier.encoder.encoder.layer[-1]
+    layer.output.LayerNorm.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    mask_logits(classifier, some_masks(classifier, 5), data)
+    assert {*seen} == {1} and data.lengths[0] > 1
+
+
+@pytest.mark.parametrize("task", ["MNLI", "STS-B"])
+def test_removal_losses_are_those_of_one_removal_at_a_time(task: str) -> None:
+    classifier, data = classified("bert", task)
+    keep = some_masks(classifier, 5)[1]
+    found = removal_losses(classifier, data, keep)
+    assert len(without_each(keep)) == sum(int(each.sum()) for each in keep.values())
+    for name, each in keep.items():
+        for i in range(len(each)):
+            if not each[i]:
+                assert found[name][i] == 0
+                continue
+            mask = {gate: z.clone() for gate, z in keep.items()}
+            mask[name][i] = False
+            (logits,) = one_by_one(classifier, [mask], data)
+            labels = torch.from_numpy(data.labels)
+            loss = (
+                nn.functional.cross_entropy(logits, labels)
+                if task == "MNLI"
+                else (logits[:, 0] - labels).square().mean()
+            )
+            assert found[name][i].item() == pytest.approx(loss.item(), abs=1e-10)
 
 
 def test_a_search_on_a_model_resumes_to_the_same_ticket(tmp_path: Path) -> None:

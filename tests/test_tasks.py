@@ -23,7 +23,15 @@ from pruning_bias.acceptability import FAULTS, spoil
 from pruning_bias.anatomy import Encoder, load_encoder, tiny_encoder
 from pruning_bias.encoding import in_order
 from pruning_bias.gates import FixedGate, ThresholdGate
-from pruning_bias.glue import TASKS, TaskData, majority, measure, read_task, read_tsv
+from pruning_bias.glue import TASKS, TaskData, majority, measure, quality, read_task, read_tsv
+from pruning_bias.hans import (
+    HANS_TASKS,
+    HEURISTICS,
+    by_heuristic,
+    read_hans,
+    read_two_way,
+    two_way,
+)
 from pruning_bias.plans import block_plan, ffn_plan, head_plan
 from pruning_bias.subnetworks import attach_, fold
 from pruning_bias.tasks import (
@@ -164,8 +172,8 @@ HEADER = "index\tsentence1\tsentence2\tlabel"
         ([HEADER, "0\ta\tb\t2"], "line 2: label '2'"),
         ([HEADER, "0\ta\tb\t-1"], "line 2: label '-1'"),
         ([HEADER, "0\ta\tb\t0", ""], "line 3: 1 columns, expected 4"),
-        ([HEADER], "no examples"),
-        ([], "no examples"),
+        ([HEADER], "line 2: no examples"),
+        ([], "line 1: no examples"),
     ],
 )
 def test_a_broken_file_is_refused_by_name_and_line(
@@ -174,6 +182,67 @@ def test_a_broken_file_is_refused_by_name_and_line(
     write(folder, "RTE/train.tsv", *lines)
     with pytest.raises(ValueError, match=rf"RTE/train\.tsv.*{re.escape(message)}"):
         read_task("RTE")
+
+
+WHOLE = {  # files of every kind of task: with and without header, the label first, inside, last
+    "RTE/dev.tsv": (HEADER, "0\tça va\t“ja”\tentailment", '1\tc "d\te\tnot_entailment'),
+    "CoLA/dev.tsv": ("gj04\t1\t\tÇa va.", "gj04\t0\t*\tva Ça “ja”."),
+    "MRPC/dev.tsv": ("Quality\t#1 String\t#2 String", "1\té\tça", "0\t'\t\""),
+    "STS-B/dev.tsv": ("sentence1\tsentence2\tscore", "ça\tva\t4.750", "a\tb\t0.25"),
+    "HANS/heuristics_evaluation_set.txt": (
+        "gold_label\tsentence1\tsentence2\theuristic",
+        "non-entailment\tThe café saw me .\tI saw the café .\tlexical_overlap",
+        "entailment\tI , saw\tI saw\tsubsequence",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("file", WHOLE)
+def test_a_file_cut_anywhere_is_refused_by_line_or_has_whole_examples_only(
+    file: str, end: str, folder: Path
+) -> None:
+    content = "".join(line + end for line in WHOLE[file]).encode()
+    path, name = write(folder, file), file.split("/")[0]
+    path.write_bytes(content)
+    whole = read_task(name, "dev")
+    assert len(whole) == 2
+    before = len(WHOLE[file]) - 2  # lines of header
+    for cut in range(len(content)):
+        path.write_bytes(content[:cut])
+        *done, rest = content[:cut].split(b"\n")
+        n = len(done) - before
+        if name == "RTE" and rest.removesuffix(b"\r").decode(errors="replace") in WHOLE[file][1:]:
+            n, rest = n + 1, b""  # the label that ends a line is whole
+        if n > 0 and not rest:
+            part = read_task(name, "dev")
+            assert part.texts == tuple(each[:n] for each in whole.texts)
+            assert part.labels.tolist() == whole.labels[:n].tolist()
+        else:
+            with pytest.raises(ValueError, match=rf"{re.escape(file)}, line {len(done) + 1}: "):
+                read_task(name, "dev")
+
+
+@pytest.mark.parametrize("file", WHOLE)
+def test_quotes_windows_ends_and_a_byte_order_mark_change_no_example(
+    file: str, folder: Path
+) -> None:
+    name, (path, other) = file.split("/")[0], (write(folder, file, *WHOLE[file]), "\r\n")
+    plain = read_task(name, "dev")
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(x + other for x in WHOLE[file]).encode())
+    marked = read_task(name, "dev")
+    assert plain.texts == marked.texts and (plain.labels == marked.labels).all()
+    pieces = [cell for line in WHOLE[file] for cell in line.split("\t")]
+    assert all(text in pieces for texts in plain.texts for text in texts)
+
+
+def test_another_encoding_is_refused_by_line(folder: Path) -> None:
+    lines = (HEADER, "0\ta\tb\t0", "1\tça\tva\t1", "")
+    path = write(folder, "RTE/train.tsv")
+    for encoding, line in (("latin-1", 3), ("utf-16", 1)):
+        path.write_bytes("\n".join(lines).encode(encoding))
+        with pytest.raises(ValueError, match=rf"RTE/train\.tsv, line {line}: not UTF-8"):
+            read_task("RTE")
 
 
 def test_a_number_out_of_range_is_refused(tmp_path: Path) -> None:
@@ -192,7 +261,7 @@ def test_other_wrong_requests_are_refused(folder: Path) -> None:
         read_task("acceptability", "test")
     path = write(folder, "RTE/train.tsv", HEADER)
     path.write_bytes(path.read_bytes() + b"0\t\xff\tb\t0\n")
-    with pytest.raises(ValueError, match=r"train\.tsv: not UTF-8"):
+    with pytest.raises(ValueError, match=r"train\.tsv, line 2: not UTF-8"):
         read_task("RTE")
 
 
@@ -209,6 +278,87 @@ def test_a_sample_is_seeded_and_in_order() -> None:
     assert len(once) == 9 and once.texts == again.texts != other.texts
     where = [data.texts[1].index(text) for text in once.texts[1]]
     assert where == sorted(where) and (data.labels[where] == once.labels).all()
+
+
+# HANS, and two classes
+
+FIRST = "gold_label\tsentence1_parse\tsentence1\tsentence2\tpairID\theuristic\tsubcase"
+
+
+def write_hans(folder: Path, *heuristics: str) -> Path:
+    labels = ("entailment", "non-entailment")
+    lines = [f"{labels[i % 2]}\t( )\ta {i}\tb {i}\tex{i}\t{h}\tx" for i, h in enumerate(heuristics)]
+    return write(folder, "HANS/heuristics_evaluation_set.txt", FIRST, *lines)
+
+
+def test_hans_tells_which_heuristic_an_example_tests(folder: Path) -> None:
+    write_hans(folder, *np.repeat(HEURISTICS, 4).tolist())
+    data, heuristics = read_hans()
+    assert data.task == TASKS["HANS"] and data.labels.tolist() == [0, 1] * 6
+    assert data.texts == tuple([f"{x} {i}" for i in range(12)] for x in "ab")
+    assert heuristics.tolist() == np.repeat(HEURISTICS, 4).tolist()
+    again = read_task("HANS", "dev")
+    assert again.texts == data.texts and (again.labels == data.labels).all()
+    some, few = read_hans(seed=1, limit=5)
+    where = [data.texts[0].index(text) for text in some.texts[0]]
+    assert len(some) == 5 and (heuristics[where] == few).all()
+    assert (data.labels[where] == some.labels).all()
+
+
+def test_a_wrong_heuristic_or_file_of_hans_is_refused_by_line(folder: Path) -> None:
+    write_hans(folder, "subsequence", "constituent", "overlap")
+    with pytest.raises(ValueError, match=r"evaluation_set\.txt, line 4: heuristic 'overlap'; exp"):
+        read_hans()
+    with pytest.raises(
+        ValueError, match=r"HANS has no train split.*heuristics_train_set\.txt, onl"
+    ):
+        read_hans("train")
+    write(folder, "HANS/heuristics_evaluation_set.txt", FIRST.replace("heuristic", "kind"))
+    with pytest.raises(ValueError, match=r"evaluation_set\.txt, line 1: no column heuristic"):
+        read_hans()
+
+
+def test_accuracies_by_heuristic_are_parts_of_the_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    labels, heuristics = rng.integers(0, 2, 300), rng.choice(HEURISTICS, 300)
+    three = rng.integers(0, 3, 300)
+    found = by_heuristic(labels, three, heuristics)
+    assert list(found) == [(h, label) for h in HEURISTICS for label in TASKS["HANS"].labels]
+    counts = {
+        (h, label): ((heuristics == h) & (labels == i)).sum()
+        for h in HEURISTICS
+        for i, label in enumerate(TASKS["HANS"].labels)
+    }
+    hits = sum(found[key] * counts[key] for key in found)
+    assert hits == pytest.approx(((three > 0) == labels).sum())
+    assert found == by_heuristic(labels, two_way(three), heuristics)
+    swapped = np.array([0, 2, 1])[three]  # neutral or contradiction is the same answer here
+    assert found == by_heuristic(labels, swapped, heuristics)
+    alone = by_heuristic(labels[:1], three[:1], heuristics[:1])
+    assert len(alone) == 1  # what has no examples has no accuracy
+
+
+def test_tasks_of_two_classes_are_made_of_hans_and_mnli(folder: Path) -> None:
+    three = ("entailment", "neutral", "contradiction")
+    lines = [f"p{i}\th{i}\t{three[i % 3]}" for i in range(9)]
+    for split in ("train", "dev_matched"):
+        write(folder, f"MNLI/{split}.tsv", "sentence1\tsentence2\tgold_label", *lines)
+    write_hans(folder, *["constituent"] * 4)
+    dev = {name: read_two_way(name, "dev") for name in HANS_TASKS}
+    assert {name: len(data) for name, data in dev.items()} == {
+        "HANS": 4, "HANS_MNLI": 13, "MNLI_TWO": 9, "MNLI_TWO_HALF": 9
+    }  # fmt: skip
+    assert dev["MNLI_TWO"].labels.tolist() == [0, 1, 1] * 3
+    assert dev["HANS_MNLI"].texts[0] == dev["HANS"].texts[0] + dev["MNLI_TWO"].texts[0]
+    assert all(data.task.name == name and data.task.outputs == 2 for name, data in dev.items())
+    whole = read_two_way("MNLI_TWO")
+    half, again = (read_two_way("MNLI_TWO_HALF", seed=1) for _ in range(2))
+    assert len(half) == 4 and half.texts == again.texts
+    assert {*half.texts[0]} < {*whole.texts[0]}
+    assert half.texts != read_two_way("MNLI_TWO_HALF", seed=2).texts
+    assert len(read_two_way("HANS_MNLI", "dev", limit=3)) == 3
+    with pytest.raises(ValueError, match="no task 'RTE' of two classes; there are HANS, HANS_MN"):
+        read_two_way("RTE")
 
 
 # The built-in task
@@ -293,6 +443,38 @@ def test_a_constant_answer_has_finite_scores(task: str) -> None:
     assert all(math.isfinite(value) for value in found.values())
     if task in ("CoLA", "STS-B"):
         assert found["score"] == 0
+
+
+STOP = {  # lottery paper, and its code
+    "CoLA": ("matthews",),
+    "STS-B": ("pearson", "spearman"),
+    **dict.fromkeys(("SST-2", "MRPC", "QQP", "MNLI", "QNLI", "RTE", "WNLI"), ("accuracy",)),
+}
+
+
+@pytest.mark.parametrize("task", STOP)
+def test_a_search_stops_by_the_metric_of_the_paper(task: str) -> None:
+    rng, data = np.random.default_rng(1), some(task, 60)
+    predicted = np.where(rng.random(60) < 0.6, data.labels, rng.permutation(data.labels))
+    found = measure(TASKS[task], data.labels, predicted)
+    assert TASKS[task].stop == STOP[task]
+    mean = sum(found[name] for name in STOP[task]) / len(STOP[task])
+    assert quality(TASKS[task], data.labels, predicted) == pytest.approx(mean, abs=1e-15)
+    if task in ("MRPC", "QQP"):
+        assert found["score"] == (found["accuracy"] + found["f1"]) / 2 != mean
+
+
+def test_labels_that_are_all_the_same_are_refused_where_a_metric_needs_two() -> None:
+    same, rng = np.ones(9, int), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="CoLA: all 9 labels are acceptable, so matthews cannot"):
+        quality(TASKS["CoLA"], same, rng.integers(0, 2, 9))
+    with pytest.raises(
+        ValueError, match=r"STS-B: all 9 labels are 2\.5, so pearson and spearman c"
+    ):
+        quality(TASKS["STS-B"], same * 2.5, rng.random(9))
+    for task in ("SST-2", "MRPC", "MNLI"):
+        assert quality(TASKS[task], same, same) == 1
+    assert quality(TASKS["CoLA"], rng.permutation([0, 1] * 4), np.ones(8, int)) == 0
 
 
 # Batches and the classifier

@@ -10,6 +10,7 @@ from pruning_bias.settings import write_atomic
 
 from .gpu import measure_gpu
 from .growth import measure_growth, measure_scanning
+from .lottery import measure_lottery
 from .measuring import FOLDER, recorded
 from .rate import measure_rate
 from .seat import measure_seat
@@ -22,6 +23,7 @@ PARTS = {
     "scanning": measure_scanning,
     "growth": measure_growth,
     "seat": measure_seat,
+    "lottery": measure_lottery,
     "gpu": measure_gpu,
 }
 HEADERS = ["figure", "mark", "", "measured", "ours", "against", "batch", "threads"]
