@@ -55,7 +55,7 @@ def outcomes(
         search=(pruned["experiment"] + "/" + pruned["digest"]).map(named),
         way=pruned["state"].map({"full": "as_it_is", "majority": "as_it_is"}).fillna("pruned"),
     )
-    again = frame[(frame["experiment"] == "Ticket") & (frame["metric"] == "score")]
+    again = frame[(frame["experiment"] == "Ticket") & (frame["metric"] == "quality")]
     again = again[again["state"] == "after"] if len(again) else again
     if len(again):
         again = again.assign(

@@ -280,7 +280,7 @@ def frame_of(root: Path) -> pd.DataFrame:
             parameters(again)
             | {"experiment": "Ticket", "digest": digest(again), "state": "after", "draw": 0}
             | {
-                "metric": "score",
+                "metric": "quality",
                 "test": "SST-2_sentences",
                 "value": 0.88,
                 "task": "SST-2_sentences",
