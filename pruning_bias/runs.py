@@ -140,8 +140,8 @@ class ImportancePruning(Pruning):
     """Heads and MLPs go, the least important first, for as long as the score allows."""
 
     parts: Literal["both", "heads", "mlps"] = parameter("both", "what may go: both, heads or mlps")
-    score: Literal["paper", "published_code", "zeroed_batch", "michel"] = parameter(
-        "paper", "importance: paper, published_code, zeroed_batch or michel"
+    score: Literal["paper", "published_code", "zeroed_batch", "michel", "removal"] = parameter(
+        "paper", "importance: paper, published_code, zeroed_batch, michel or removal"
     )
     batch_size: int = parameter(64, "examples per batch; published scores add up", at_least=1)
     closed_in_norm: bool = parameter(

@@ -319,3 +319,12 @@ def test_a_folder_without_tickets_has_no_report(tmp_path: Path) -> None:
     frame = load_results(tmp_path)
     assert not lottery_parts(tmp_path, frame) and not good_tickets(tmp_path, frame)
     assert "no finished runs" in write_lottery(tmp_path, tmp_path)
+
+
+def test_a_search_by_removal_closes_what_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRUNING_BIAS_RUN_FOLDER", raising=False)
+    names = in_process(ImportancePruning(score="removal", share=0.6, draws=1))
+    first, scores = names["steps"][1].keep, names["scores"](names["start"])
+    costs = torch.cat([scores[n].flatten() for n in scores if n.endswith("/mlp")])
+    closed = torch.cat([~first[n].flatten() for n in scores if n.endswith("/mlp")])
+    assert closed.sum() == 1 and costs[closed] == costs.min()
