@@ -210,7 +210,8 @@ def removal_losses(
 ) -> dict[str, Tensor]:  # gate -> float64 [R, C], mean loss; 0 for what is closed already
     """The loss that is left when each open head or MLP closes as well, and nothing else."""
     tried = without_each(keep)
-    logits = mask_logits(classifier, [mask for *_, mask in tried], data, size)
+    masks = [mask for *_, mask in tried]
+    logits = mask_logits(classifier, masks, data, size) if masks else torch.empty(0)
     labels = torch.from_numpy(data.labels)
     scores = {name: torch.zeros(each.shape, dtype=torch.float64) for name, each in keep.items()}
     for (name, i, _), each in zip(tried, logits.double(), strict=True):
