@@ -36,12 +36,12 @@ def sources() -> dict[str, Path]:
         corpus = Path(run.get("corpus", "synthetic")).name.split(".")[0].replace("_", "-")
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", path.parts[-3]).lower()  # HeadMovement
         page = f"experiments/{name}" + f"_{corpus}" * (corpus != "synthetic")
-        demo = path.relative_to(REFERENCE).parts[0] == "demo"
+        demo = path.relative_to(REFERENCE).parts[0].endswith("demo")
         candidate = (not demo, run.get("seed", 0), str(path), path)
         runs[page] = min(runs.get(page, candidate), candidate)
     pages |= {page: path for page, (*_, path) in runs.items()}
     for path in REFERENCE.rglob("reports/*.ipynb"):
-        where = path.relative_to(REFERENCE).parts[0]
+        where = path.relative_to(REFERENCE).parts[0].removeprefix(f"{path.stem}_")
         pages[f"reports/{path.stem}" + f"_{where}" * (where not in ("reports", "demo"))] = path
     return pages
 
