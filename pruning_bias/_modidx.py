@@ -869,6 +869,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'pruning_bias/ticket_parts.py'),
                                            'pruning_bias.ticket_parts.overlap_figure': ( 'ticket_parts.html#overlap_figure',
                                                                                          'pruning_bias/ticket_parts.py'),
+                                           'pruning_bias.ticket_parts.pattern_figures': ( 'ticket_parts.html#pattern_figures',
+                                                                                          'pruning_bias/ticket_parts.py'),
                                            'pruning_bias.ticket_parts.size_table': ( 'ticket_parts.html#size_table',
                                                                                      'pruning_bias/ticket_parts.py'),
                                            'pruning_bias.ticket_parts.stability_table': ( 'ticket_parts.html#stability_table',

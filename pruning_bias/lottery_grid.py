@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from .parameters import Run, left_by, parameters
-from .runs import FineTuning, ImportancePruning, MagnitudePruning, Ticket
+from pruning_bias.runs import (
+    AttentionPatterns,
+    FineTuning,
+    ImportancePruning,
+    MagnitudePruning,
+    Ticket,
+)
 
 # %% ../nbs/20_lottery_grid.ipynb #c8852065
 AS_PUBLISHED: dict[str, Any] = {  # what the program that made the published masks does
@@ -49,6 +55,7 @@ def lottery(
     kinds: Iterable[str] = KEPT,
     survivors: Iterable[str] = ("super", "super_random", "super_bad"),
     magnitude: bool = True,
+    patterns: dict[str, Any] | None = None,  # fields of AttentionPatterns; None = without
 ) -> list[Run]:
     """The whole pipeline for one task."""
     fulls = [FineTuning(**machine, **task, seed=seed, keep_weights=True) for seed in seeds]
@@ -63,4 +70,8 @@ def lottery(
         again += tickets(full, heads[place : place + 1], kinds)
         again += tickets(full, heads, survivors)
         again += tickets(full, weights[place : place + 1], KEPT) if magnitude else []
+    if patterns is not None:
+        given = machine | {"encoder": left_by(fulls[0]), "task": fulls[0].task}
+        sources = " ".join(map(_source, heads))
+        again.append(AttentionPatterns(**given, **patterns, tickets=sources))
     return [*fulls, *heads, *weights, *again]

@@ -149,6 +149,7 @@ def lottery_demo(settings: Settings) -> list[Run]:
         *(common(settings), settings.seeds, task | {"batch_size": 32}, searching),
         survivors=(),
         magnitude=False,
+        patterns={"examples": 40, "drawn": 600, "epochs": 6},
     )
 
 
@@ -165,7 +166,8 @@ def lottery_small(settings: Settings) -> list[Run]:
         run
         for name, fields in tasks.items()
         for run in lottery(
-            common(settings), settings.seeds[:2], recipe | fields | {"task": name}, searching
+            *(common(settings), settings.seeds[:2], recipe | fields | {"task": name}, searching),
+            patterns={"examples": 40, "drawn": 1000, "epochs": 8},
         )
     ]
 
