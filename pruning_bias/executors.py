@@ -34,6 +34,24 @@ from .worker import work
 _Ended = tuple[Job, BaseException | None]  # a job that ended, and what went wrong
 
 
+class _Turns:
+    """Gives each job when those that it names among its parameters have ended."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        names = {f"{job.experiment}/{job.digest}": job.digest for job in jobs}
+        given = [" ".join(v for v in job.parameters.values() if isinstance(v, str)) for job in jobs]
+        needs = [{digest for name, digest in names.items() if name in text} for text in given]
+        self.left = list(zip(jobs, needs, strict=True))
+
+    def ready(self, ended: Job | None = None) -> list[Job]:
+        """The jobs whose turn has come, each once."""
+        for _, needs in self.left:
+            needs -= {ended.digest} if ended else set()
+        now = [job for job, needs in self.left if not needs]
+        self.left = [(job, needs) for job, needs in self.left if needs]
+        return now
+
+
 def _pool(jobs: list[Job], slots: list[dict[str, str]], retries: int) -> Iterator[_Ended | None]:
     """Yield each job as it ends, and None about once a second."""
     free: queue.SimpleQueue = queue.SimpleQueue()
@@ -56,11 +74,14 @@ def _pool(jobs: list[Job], slots: list[dict[str, str]], retries: int) -> Iterato
             free.put(slot)
 
     pool = ThreadPoolExecutor(len(slots))
-    waiting = {pool.submit(attempt, job): job for job in jobs}
+    turns = _Turns(jobs)
+    waiting = {pool.submit(attempt, job): job for job in turns.ready()}
     try:
         while waiting:
             for future in wait(waiting, timeout=1, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.exception()
+                job = waiting.pop(future)
+                waiting |= {pool.submit(attempt, each): each for each in turns.ready(job)}
+                yield job, future.exception()
             yield None
     finally:  # also when interrupted
         stop.set()
@@ -98,16 +119,22 @@ def _ray(
     try:
         has = ray.cluster_resources()
         again = {"max_retries": retries, "retry_exceptions": [RunFailed]}
-        needs = [_needs(job, has, gpus_per_run) for job in jobs]
-        tasks = [ray.remote(**again, **need)(work) for need in needs]
-        waiting = {task.remote(job, {}): job for task, job in zip(tasks, jobs, strict=True)}
+        needs = {job.digest: _needs(job, has, gpus_per_run) for job in jobs}
+        turns = _Turns(jobs)
+
+        def start(some: list[Job]) -> dict:
+            return {ray.remote(**again, **needs[j.digest])(work).remote(j, {}): j for j in some}
+
+        waiting = start(turns.ready())
         while waiting:
             for reference in ray.wait(list(waiting), timeout=1)[0]:
                 try:
                     error = ray.get(reference)
                 except Exception as raised:
                     error = getattr(raised, "cause", None) or raised
-                yield waiting.pop(reference), error
+                job = waiting.pop(reference)
+                waiting |= start(turns.ready(job))
+                yield job, error
             yield None
     finally:
         ray.shutdown()
@@ -167,25 +194,12 @@ def execute_all(
     todo = [job for job in jobs.values() if not job.done]
     if not todo:
         return Report((), skipped, {})
-    finished, failed = [], {}
-    for stage in _stages(todo):
-        if executor == "pool":
-            ended = _pool(stage, _slots(stage, slots, settings.gpus_per_run), retries)
-        else:
-            ended = _ray(stage, slots, retries, settings.ray_address, settings.gpus_per_run)
-        done, lost = _collect(stage, ended, progress)
-        finished, failed = finished + done, failed | lost
+    if executor == "pool":
+        ended = _pool(todo, _slots(todo, slots, settings.gpus_per_run), retries)
+    else:
+        ended = _ray(todo, slots, retries, settings.ray_address, settings.gpus_per_run)
+    finished, failed = _collect(todo, ended, progress)
     return Report(tuple(finished), skipped, failed)
-
-
-def _stages(jobs: list[Job]) -> Iterator[list[Job]]:
-    """The jobs in turns: one that names another among its parameters comes after it."""
-    while jobs:
-        names = [f"{job.experiment}/{job.digest}" for job in jobs]
-        given = [" ".join(v for v in job.parameters.values() if isinstance(v, str)) for job in jobs]
-        ready = [not any(name in text for name in names) for text in given]
-        yield [job for job, now in zip(jobs, ready, strict=True) if now]
-        jobs = [job for job, now in zip(jobs, ready, strict=True) if not now]
 
 # %% ../nbs/20_executors.ipynb #50ee64ee
 def _collect(

@@ -459,6 +459,16 @@ def test_a_running_run_says_how_far_it_is(tmp_path):
     assert executors._notes([job], now + 60) == ""  # left by a driver that was killed
 
 
+def test_a_run_waits_for_those_it_names_and_for_no_other(tmp_path):
+    first, second = (execution.job_of(HeadMovement(seed=i), tmp_path) for i in (0, 1))
+    name = f"run:HeadMovement/{first.digest}"
+    after = execution.job_of(HeadMovement(encoder=name), tmp_path)
+    turns = executors._Turns([after, second, first])
+    assert turns.ready() == [second, first]
+    assert turns.ready(second) == []
+    assert turns.ready(first) == [after] and turns.ready(after) == []
+
+
 # ---- where runs go
 
 
