@@ -186,12 +186,14 @@ def test_files(model: BertModel, tmp_path: Path) -> None:
 
 def test_two_lines_to_seat(packaged: Encoder) -> None:
     """A run's file and the encoder it began with are enough for its association tests."""
-    found = anatomy(packaged.model)
-    patched = finished(packaged.model, found.head_size, packaged.model.config.hidden_size)
+    head_size = anatomy(packaged.model).head_size
+    patched = finished(packaged.model, head_size, packaged.model.config.hidden_size)
     expected = seat(patched.host.bert, packaged.tokenizer, builtin_tests()[:2], draws=100)
     model = copy.deepcopy(packaged.model)
     read_scores(state_of(patched), model, threshold=0.1)
-    assert seat(model, packaged.tokenizer, builtin_tests()[:2], draws=100) == expected
+    found = seat(model, packaged.tokenizer, builtin_tests()[:2], draws=100)
+    for ours, theirs in zip(found, expected, strict=True):  # weights masked, or what they give
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 # what is refused
