@@ -143,13 +143,13 @@ def paper(settings: Settings) -> list[Run]:
 
 def lottery_demo(settings: Settings) -> list[Run]:
     """The search by importance on the built-in task, and its tickets trained again."""
-    task = {"task": "acceptability", "examples": 1600, "epochs": 2, "learning_rate": 2e-4}
-    searching = {"search_examples": 400, "draws": 3}
+    task = {"task": "acceptability", "examples": 1600, "epochs": 2, "learning_rate": 1e-4}
+    searching = {"search_examples": 200, "draws": 3}
     return lottery(
-        *(common(settings), settings.seeds, task | {"batch_size": 32}, searching),
+        *(common(settings), settings.seeds, task, searching),
         survivors=(),
         magnitude=False,
-        patterns={"examples": 40, "drawn": 600, "epochs": 6},
+        patterns={"examples": 20, "drawn": 400, "epochs": 5},
     )
 
 
