@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'pruning_bias.profiles.demo': ('profiles.html#demo', 'pruning_bias/profiles.py'),
                                        'pruning_bias.profiles.glue': ('profiles.html#glue', 'pruning_bias/profiles.py'),
                                        'pruning_bias.profiles.lottery_demo': ('profiles.html#lottery_demo', 'pruning_bias/profiles.py'),
+                                       'pruning_bias.profiles.lottery_paper': ('profiles.html#lottery_paper', 'pruning_bias/profiles.py'),
                                        'pruning_bias.profiles.lottery_small': ('profiles.html#lottery_small', 'pruning_bias/profiles.py'),
                                        'pruning_bias.profiles.paper': ('profiles.html#paper', 'pruning_bias/profiles.py'),
                                        'pruning_bias.profiles.small': ('profiles.html#small', 'pruning_bias/profiles.py'),

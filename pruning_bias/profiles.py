@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILTIN', 'GLUE', 'PROFILES', 'common', 'tests_here', 'text_here', 'demo', 'small', 'glue', 'paper', 'lottery_demo',
-           'lottery_small']
+           'lottery_small', 'lottery_paper']
 
 # %% ../nbs/20_profiles.ipynb #6ab8f155
 from collections.abc import Callable
@@ -172,6 +172,22 @@ def lottery_small(settings: Settings) -> list[Run]:
     ]
 
 
+def lottery_paper(settings: Settings) -> list[Run]:
+    """The tasks, seeds and recipe of the paper; masks are searched on a part of train, not on dev."""
+    machine = common(settings)
+    machine["encoder"] = "bert-base-uncased" if settings.model == "packaged" else settings.model
+    recipe = {"examples": 0, "epochs": 3, "learning_rate": 2e-5, "batch_size": 32, "warmup": 0.0}
+    searching = {"search_examples": 2000, "draws": 5}
+    return [
+        run
+        for name in GLUE
+        for run in lottery(
+            *(machine, (1337, 42, 86, 71, 166), recipe | {"task": name}, searching),
+            patterns={"examples": 100, "max_length": 128, "drawn": 2000, "epochs": 20},
+        )
+    ]
+
+
 PROFILES: dict[tuple[str, str], Callable[[Settings], list[Run]]] = {
     ("movement", "demo"): demo,
     ("movement", "small"): small,
@@ -179,4 +195,5 @@ PROFILES: dict[tuple[str, str], Callable[[Settings], list[Run]]] = {
     ("movement", "paper"): paper,
     ("lottery", "demo"): lottery_demo,
     ("lottery", "small"): lottery_small,
+    ("lottery", "paper"): lottery_paper,
 }
