@@ -173,7 +173,7 @@ def lottery_small(settings: Settings) -> list[Run]:
 
 
 def lottery_paper(settings: Settings) -> list[Run]:
-    """The tasks, seeds and recipe of the paper; masks are searched on a part of train, not on dev."""
+    """The paper's tasks, seeds and recipe; masks are searched on a part of train, not on dev."""
     machine = common(settings)
     machine["encoder"] = "bert-base-uncased" if settings.model == "packaged" else settings.model
     recipe = {"examples": 0, "epochs": 3, "learning_rate": 2e-5, "batch_size": 32, "warmup": 0.0}
