@@ -188,7 +188,8 @@ def pattern_figures(
     rows = frame[(frame["experiment"] == "AttentionPatterns") & (frame["metric"] == "share")]
     figures = {}
     for (task, seed), one in rows.groupby(["task", "seed"], sort=False):
-        beside = pd.concat([one, published_shares(task)])
+        published = published_shares(task)
+        beside = pd.concat([one, published]) if len(published) else one
         name = f"patterns_{task}" + f"_{seed}" * bool(seed)
         figures[name] = share_figure(beside, f"{task}: shapes of attention maps")
         plt.close(figures[name])
