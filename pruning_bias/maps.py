@@ -49,6 +49,7 @@ HUE = LinearSegmentedColormap.from_list("closed", ["#f5f8fc", "#9fc3e3", "#3a7fb
 def draw_heads(
     closed: Mapping[str, ArrayLike],  # "3/value" -> [H], "value" -> [layers, H]; 1 is closed
     title: str = "",
+    what: str = "closed",  # what 1 means: closed or kept; empty = the values are no counts
 ) -> Figure:
     """Layers down, heads across, a map per part; feed-forward units as a bar per layer."""
     parts = by_part(closed)
@@ -60,19 +61,21 @@ def draw_heads(
     )
     for ax, (part, values) in zip(axes[0], parts.items(), strict=True):
         (_draw_bars if part == "ffn" else _draw_map)(ax, values)
-        ax.set_title(f"{part.replace('_', ' ')}\n{_count(values)}", fontsize=8)
+        ax.set_title(f"{part.replace('_', ' ')}\n{_count(values, what)}", fontsize=8)
         ax.set_yticks(range(depth), range(depth) if ax is axes[0, 0] else [""] * depth)
         ax.tick_params(length=0, labelsize=8)
     axes[0, 0].set_ylabel("layer", fontsize=8)
-    _color_bar(figure, axes, all(np.isin(np.nan_to_num(v), (0, 1)).all() for v in parts.values()))
+    whole = all(np.isin(np.nan_to_num(v), (0, 1)).all() for v in parts.values())
+    _color_bar(figure, axes, whole and what == "closed", f"how often {what}" * bool(what))
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _count(values: np.ndarray) -> str:
-    """How many groups are closed; a fraction is a mean over runs."""
+def _count(values: np.ndarray, what: str) -> str:
+    """How many groups are closed or kept; a fraction is a mean over runs."""
     number, size = float(np.nansum(values)), int((~np.isnan(values)).sum())
-    return f"{number:.{0 if number.is_integer() else 1}f} of {size} closed"
+    told = f"{number:.{0 if number.is_integer() else 1}f} of {size}"
+    return (told + f" {what}" * (values.shape[1] > 1)) * bool(what)
 
 # %% ../nbs/17_maps.ipynb #53edc048
 def _draw_map(ax: Axes, values: np.ndarray) -> None:
@@ -99,7 +102,7 @@ def _draw_bars(ax: Axes, values: np.ndarray) -> None:
     ax.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def _color_bar(figure: Figure, axes: np.ndarray, whole: bool) -> None:
+def _color_bar(figure: Figure, axes: np.ndarray, whole: bool, label: str) -> None:
     """What the hue means: open and closed, or how often."""
     hue = HUE.resampled(2) if whole else HUE
     bar = figure.colorbar(ScalarMappable(cmap=hue), ax=axes, aspect=14, pad=0.02)
@@ -107,7 +110,7 @@ def _color_bar(figure: Figure, axes: np.ndarray, whole: bool) -> None:
     bar.set_ticks(
         [0.25, 0.75] if whole else [0, 0.5, 1], labels=["open", "closed"] if whole else None
     )
-    bar.set_label("" if whole else "how often closed", fontsize=8)
+    bar.set_label("" if whole else label, fontsize=8)
     bar.ax.tick_params(length=0, labelsize=8)
 
 # %% ../nbs/17_maps.ipynb #221f48f3

@@ -107,7 +107,7 @@ def survival_figures(
     figures = {}
     for (task, search), parts in shares.items():
         name = f"survival_{task}_{search}".replace(", ", "-").replace(" ", "-")
-        figures[name] = draw_heads(parts, title=f"{task}, {search}: what survives")
+        figures[name] = draw_heads(parts, f"{task}, {search}: what survives", "kept")
         plt.close(figures[name])
     return figures
 
@@ -242,4 +242,4 @@ def write_lottery(
     shown = report["outcomes"]
     lines = [textwrap.fill(line, 120, subsequent_indent="  ") for line in shown.words]
     table = markup(next(iter(shown.tables.values())), "simple")
-    return "\n\n".join([OUTCOMES, table, *lines, places_of(root, out)])
+    return "\n\n".join([textwrap.fill(OUTCOMES, 120), table, *lines, places_of(root, out)])
