@@ -130,7 +130,7 @@ def stability_table(
     for title, column in (("Jaccard", "jaccard"), ("times chance", "times_chance")):
         told[title] = [number(x, digits=2) for x in found[column]]
     told["kappa"] = [number(x, digits=2) for x in found["kappa"]]
-    ends = zip(found["low"], found["high"], strict=True)
+    ends = zip(*(found[end].clip(-1, 1) for end in ("low", "high")), strict=True)
     told["95%"] = ["" if np.isnan(low) else f"{low:.2f} to {high:.2f}" for low, high in ends]
     told["alpha"] = [number(x, digits=2) for x in found["alpha"]]
     told["p (Holm)"] = [number(x) for x in found["p_holm"]]
