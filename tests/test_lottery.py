@@ -27,6 +27,7 @@ from pruning_bias.results import lasting, load_results
 from pruning_bias.retraining import close_, component_ticket, still_, weight_ticket
 from pruning_bias.runs import FineTuning, ImportancePruning, MagnitudePruning, Ticket
 from pruning_bias.search import size
+from pruning_bias.settings import project_root
 from pruning_bias.tasks import Classifier, encode_task, predict
 from pruning_bias.ticket_parts import good_tickets, lottery_parts, write_lottery
 from pruning_bias.tickets import TICKETS, Keep, draw_ticket
@@ -328,3 +329,17 @@ def test_a_search_by_removal_closes_what_costs_least(monkeypatch: pytest.MonkeyP
     costs = torch.cat([scores[n].flatten() for n in scores if n.endswith("/mlp")])
     closed = torch.cat([~first[n].flatten() for n in scores if n.endswith("/mlp")])
     assert closed.sum() == 1 and costs[closed] == costs.min()
+
+
+def test_the_committed_demo_has_every_part_of_its_report() -> None:
+    root = project_root() / "results" / "reference" / "lottery_demo"
+    frame = load_results(root)
+    report = lottery_parts(root, frame)
+    assert {"outcomes", "sizes", "survival", "stability", "patterns", "audit"} == report.keys()
+    (figure,) = report["survival"].figures.values()
+    kept = good_tickets(root, frame)["acceptability", "importance"]
+    assert f"{kept['value'].sum() / 3:.1f} of 72 kept" in figure.axes[0].get_title()
+    table = outcomes(frame).pivot_table("score", "seed", ["state", "way"])
+    assert (table["good", "retrained"] > table["random", "retrained"]).all()
+    sizes = report["sizes"].tables[""].set_index("ticket")
+    assert sizes.loc["good", "heads"] == sizes.loc["bad", "heads"]  # of equal size, by seed
