@@ -93,6 +93,7 @@ class Converter:
                 name = f"pruning_bias.{module}.{node.name}"
                 yield markdown(f"```{{signature}} {kind} {name}\n```")
         outputs = [o for o in cell["outputs"] if "data" not in o or SHOWN & o["data"].keys()]
+        outputs = [o for o in outputs if any(o.get("data", {}).get("text/markdown", "-"))]
         for output in outputs:
             if "data" in output:
                 output["data"] = {k: v for k, v in output["data"].items() if k in SHOWN}
