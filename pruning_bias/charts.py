@@ -60,7 +60,7 @@ def panels(
         ax.set_visible(False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
-    look = {"ncols": across + 1, "frameon": False, "fontsize": 8}
+    look = {"ncols": max(3, across + 1), "frameon": False, "fontsize": 8}
     figure.legend(found.values(), found, loc=f"outside {legend}", **look)
     return figure
 

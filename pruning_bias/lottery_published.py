@@ -55,11 +55,9 @@ def published_score(
     way: str,  # as_it_is, pruned or retrained
 ) -> tuple[float, float] | None:  # mean and sd over five seeds, in [-1, 1]; None if there is none
     """What the authors' files say of a setting."""
-    wanted = {"task": task.removesuffix("_sentences"), "search": search, "state": state}
-    found = LOTTERY_PUBLISHED
-    for name, value in (wanted | {"way": way}).items():
-        found = found[found[name] == value]
-    return None if found.empty else (found["mean"].iloc[0], found["sd"].iloc[0])
+    found = LOTTERY_PUBLISHED.set_index(["task", "search", "state", "way"])
+    place = (task.removesuffix("_sentences"), search, state, way)
+    return tuple(found.loc[place]) if place in found.index else None
 
 # %% ../nbs/17_lottery_published.ipynb #74190315
 def slips() -> pd.DataFrame:  # of str: claim, where, printed, recomputed, verdict

@@ -152,11 +152,13 @@ def tell_outcomes(
                 continue
             shares = [f"{s} {(table[s, way] / full).mean():.0%}" for s in states]
             text = f"{task}, {search}, {way}: of the full model's score keep {', '.join(shares)}"
+            if ("majority", "as_it_is") in table:
+                same = (table["majority", "as_it_is"] / full).mean()
+                text += f" (saying the most frequent label: {same:.0%})"
             gaps = [
-                f"{s} in {int((table['good', way] > table[s, way]).sum())} of {len(table)} seeds"
+                f"of {s} in {int((table['good', way] > table[s, way]).sum())} of {len(table)} seeds"
                 for s in states[1:]
             ]
-            told.append(
-                f"{text}; the good ticket is ahead of {', of '.join(gaps)}." if gaps else f"{text}."
-            )
+            ahead = f"; the good ticket is ahead {', '.join(gaps)}" * bool(gaps)
+            told.append(f"{text}{ahead}.")
     return told

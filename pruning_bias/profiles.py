@@ -156,12 +156,12 @@ def lottery_demo(settings: Settings) -> list[Run]:
 def lottery_small(settings: Settings) -> list[Run]:
     """The pipeline on SST-2, CoLA and RTE; a part of training is kept for the search."""
     tasks = {
-        "SST-2_sentences": {"examples": 6000, "epochs": 2},
-        "CoLA": {"examples": 7500, "epochs": 2},
-        "RTE": {"examples": 2000, "epochs": 3},
+        "SST-2_sentences": {"examples": 2000, "epochs": 2},
+        "CoLA": {"examples": 4000, "epochs": 2},
+        "RTE": {"examples": 1000, "epochs": 2},
     }
-    recipe = {"learning_rate": 1e-4, "batch_size": 32, "max_length": 96}
-    searching = {"search_examples": 800, "draws": 5}
+    recipe = {"learning_rate": 1e-4, "batch_size": 16, "max_length": 96}
+    searching = {"search_examples": 600, "draws": 5}
     return [
         run
         for name, fields in tasks.items()

@@ -6,6 +6,8 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from pruning_bias.execution import job_of
 from pruning_bias.parameters import Run, parameters
@@ -35,3 +37,20 @@ def density(subnetwork: Subnetwork) -> float:
             size = site.grid.rows * site.grid.cols
             kept, total = kept + int(keep.sum()) * size, total + keep.numel() * size
     return kept / total
+
+
+def small_encoder(
+    family: str = "bert", layers: int = 2, seed: int = 0, **fields: Any
+) -> PreTrainedModel:
+    """A random encoder in float64, 3 heads of 4, large weights, biases that are not zero."""
+    shape = {"vocab_size": 50, "hidden_size": 12, "embedding_size": 12, "intermediate_size": 10}
+    shape |= {"num_attention_heads": 3, "num_hidden_layers": layers, "max_position_embeddings": 40}
+    config = AutoConfig.for_model(family, **shape | fields)
+    if family == "distilbert":
+        config.hidden_dim = 10
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config)
+        for parameter in model.parameters():
+            parameter.data += 0.4 * torch.randn_like(parameter)
+    return model.double().eval()

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import small_encoder
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pruning_bias.anatomy import Encoder
 from pruning_bias.edits import GatedLinear
@@ -39,28 +40,6 @@ from pruning_bias.tickets import Keep
 torch.set_num_threads(1)
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert", "albert")
-
-
-def small(family: str = "bert", layers: int = 2, seed: int = 0) -> PreTrainedModel:
-    """A random encoder in float64, 3 heads of 4, with biases that are not zero."""
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=50,
-        hidden_size=12,
-        embedding_size=12,
-        num_attention_heads=3,
-        num_hidden_layers=layers,
-        intermediate_size=10,
-        max_position_embeddings=32,
-    )
-    if family == "distilbert":
-        config.hidden_dim = 10
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModel.from_config(config)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.4)
-    return model.double().eval()
 
 
 def examples(task: str, n: int, pad_id: int = 0, seed: int = 0) -> EncodedTask:
@@ -103,7 +82,7 @@ def stacked(values: dict[str, Tensor], part: str) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_ticket_means_the_same_on_the_context_and_on_the_values(family: str) -> None:
-    classifier, data = classified(small(family))
+    classifier, data = classified(small_encoder(family))
     keep = at_random(classifier.encoder, 1)
     (here,) = mask_logits(classifier, [keep], data)
     plan = head_plan(classifier.encoder) | mlp_plan(classifier.encoder)
@@ -114,7 +93,7 @@ def test_a_ticket_means_the_same_on_the_context_and_on_the_values(family: str) -
 
 
 def test_measuring_leaves_the_classifier_as_it_was() -> None:
-    classifier, data = classified(small())
+    classifier, data = classified(small_encoder())
     classifier.train()
     classifier.out.bias.requires_grad_(False)
     before = {name: p.clone() for name, p in classifier.named_parameters()}
@@ -132,7 +111,7 @@ def test_measuring_leaves_the_classifier_as_it_was() -> None:
 
 
 def test_gates_go_away_even_when_measuring_fails() -> None:
-    classifier, data = classified(small())
+    classifier, data = classified(small_encoder())
     broken = EncodedTask(data.task, data.ids + 1000, data.types, data.offsets, data.labels)
     with pytest.raises(IndexError):
         example_gradients(classifier, broken)
@@ -146,7 +125,7 @@ def test_gates_go_away_even_when_measuring_fails() -> None:
 @pytest.mark.parametrize("task", ["SST-2", "MNLI", "STS-B"])
 @pytest.mark.parametrize("family", ["bert", "albert"])
 def test_each_example_gets_the_gradient_that_it_has_alone(family: str, task: str) -> None:
-    classifier, data = classified(small(family), task)
+    classifier, data = classified(small_encoder(family), task)
     keep = at_random(classifier.encoder, 2)
     together = example_gradients(classifier, data, keep).examples
     with component_gates(classifier) as gates:
@@ -162,7 +141,7 @@ def test_each_example_gets_the_gradient_that_it_has_alone(family: str, task: str
 
 @pytest.mark.parametrize("seed", range(2))
 def test_gradients_are_finite_differences(seed: int) -> None:
-    classifier, data = classified(small(), seed=seed)
+    classifier, data = classified(small_encoder(), seed=seed)
     keep = at_random(classifier.encoder, seed) if seed else all_open(classifier.encoder)
     found, batch = example_gradients(classifier, data, keep).examples, data.batch(range(len(data)))
 
@@ -182,7 +161,7 @@ def test_gradients_are_finite_differences(seed: int) -> None:
 
 
 def test_neither_batches_nor_padding_matter() -> None:
-    classifier, data = classified(small())
+    classifier, data = classified(small_encoder())
     one, many = (example_gradients(classifier, data, size=size) for size in (1, 64))
     for kind in ("examples", "tokens"):
         for name, each in getattr(one, kind).items():
@@ -193,7 +172,7 @@ def test_neither_batches_nor_padding_matter() -> None:
 
 
 def test_published_scores_are_those_of_gradients_that_nobody_clears() -> None:
-    classifier, data = classified(small(), n=10)
+    classifier, data = classified(small_encoder(), n=10)
     keep = at_random(classifier.encoder, 3)
     names = list(keep)
     uncleared, cleared = ({n: torch.zeros(z.shape) for n, z in keep.items()} for _ in range(2))
@@ -215,26 +194,26 @@ def test_published_scores_are_those_of_gradients_that_nobody_clears() -> None:
 
 
 def test_one_batch_that_is_cleared_or_not_is_the_same() -> None:
-    gradients = example_gradients(*classified(small()))
+    gradients = example_gradients(*classified(small_encoder()))
     one, other = (raw_scores(gradients, score, 64) for score in ("published_code", "zeroed_batch"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_single_examples_without_cancelling_are_the_papers_expectation() -> None:
-    gradients = example_gradients(*classified(small(), n=7))
+    gradients = example_gradients(*classified(small_encoder(), n=7))
     paper, alone = raw_scores(gradients), raw_scores(gradients, "zeroed_batch", batch_size=1)
     for name in paper:
         torch.testing.assert_close(7 * paper[name], alone[name])
 
 
 def test_no_score_is_below_that_of_the_batches_it_pools() -> None:
-    gradients = example_gradients(*classified(small(), n=12))
+    gradients = example_gradients(*classified(small_encoder(), n=12))
     pooled = raw_scores(gradients, "zeroed_batch", batch_size=4)
     assert all((3 * z >= pooled[name] - 1e-12).all() for name, z in raw_scores(gradients).items())
 
 
 def test_michels_score_is_context_times_its_gradient_at_every_token() -> None:
-    classifier, data = classified(small(), n=6)
+    classifier, data = classified(small_encoder(), n=6)
     gradients, contexts = example_gradients(classifier, data), []
 
     def remember(_: nn.Module, args: tuple[Tensor]) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import in_process
+from helpers import in_process, small_encoder
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pruning_bias.anatomy import Encoder, load_encoder, tiny_encoder
 from pruning_bias.classifiers import open_classifier, save_classifier, unseen
@@ -72,28 +72,10 @@ def test_what_is_no_ticket_is_refused() -> None:
 
 
 def still_encoder(family: str) -> PreTrainedModel:
-    """A random encoder in float64 without dropout, whose places would differ."""
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=30522,
-        hidden_size=12,
-        embedding_size=12,
-        num_attention_heads=3,
-        num_hidden_layers=2,
-        intermediate_size=10,
-        max_position_embeddings=40,
-        pad_token_id=0,
-    )
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
-        setattr(config, name, 0.0)
-    config.attention_dropout = 0.0
-    if family == "distilbert":
-        config.hidden_dim = 10
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.double().eval()
+    """Without dropout, whose places would differ."""
+    names = "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"
+    still = dict.fromkeys(names, 0.0)
+    return small_encoder(family, vocab_size=30522, pad_token_id=0, **still)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
@@ -215,32 +197,21 @@ def test_the_searches_leave_tickets_and_the_tickets_learn(here: Callable[[str], 
 
 def test_a_killed_search_goes_on_to_the_same_mask(here: Callable[[str], Path]) -> None:
     run = ImportancePruning(share=0.6, draws=1)
-    whole = in_process_at(here("whole"), run)
-    folder = here("killed")
-    lines = (here("whole2").parents[1] / "whole" / whole / "journal.jsonl").read_bytes()
-    part = lines.splitlines(keepends=True)
-    lasting(folder, "journal.jsonl").write_bytes(b"".join(part[:3]) + part[3][:20])
-    again = in_process_at(folder, run)
-    assert (folder.parent / again / "journal.jsonl").read_bytes() == lines
-    masks = [
-        read_keep(place / "masks.safetensors")
-        for place in (folder, folder.parents[1] / "whole" / whole)
-    ]
-    assert all((masks[0][name] == masks[1][name]).all() for name in masks[1])
-
-
-def in_process_at(folder: Path, run: ImportancePruning) -> str:
-    """Run into a folder; its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRUNING_BIAS_RUN_FOLDER", str(folder))
-        in_process(run)
-    return folder.name
+    whole = here("whole")
+    in_process(run)
+    lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    again = here("killed")
+    lasting(again, "journal.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    in_process(run)
+    assert (again / "journal.jsonl").read_bytes() == b"".join(lines)
+    theirs, ours = (read_keep(place / "masks.safetensors") for place in (whole, again))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_the_published_program_is_a_choice_of_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRUNING_BIAS_RUN_FOLDER", raising=False)
     names = in_process(ImportancePruning(**AS_PUBLISHED, share=0.6))
-    assert names["chosen"].split == "dev" and len(names["chosen"]) == len(names["dev"])
+    assert np.array_equal(names["found"].ids, names["report"].ids)  # both are the dev set
     assert states(names) >= {"good", "random"}
 
 
