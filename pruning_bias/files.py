@@ -14,34 +14,50 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from .changes import Entries
+from .differences import Difference
 from .edits import Site
 from .gates import FixedGate
 from .grids import Grid
 from .settings import write_atomic
-from .subnetworks import Subnetwork, attach_
+from .subnetworks import Subnetwork, attach_, dense
 
 # %% ../nbs/05_files.ipynb #d0881f82
 def weights_sha256(
     model: PreTrainedModel,
 ) -> str:  # hexadecimal
     """The hash of a model's dense weights, names and shapes included."""
+    with dense(model):
+        return _sha256(model.state_dict())
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def save(
-    subnetwork: Subnetwork,
+    subnetwork: Subnetwork | Difference,  # a difference whose entries are chosen
     path: str | Path,  # a .safetensors file
     **about: str,  # whatever else its reader should know: corpus, seed, ...
 ) -> Path:
-    """Write the open groups of every gate, the scores behind them, and the plan."""
-    if subnetwork.deltas:
-        raise ValueError("a subnetwork of weight differences has a file of its own kind")
+    """Write gates with their scores and plan, or places and values of a difference."""
+    tensors, own = (_entries if isinstance(subnetwork, Difference) else _gates)(subnetwork)
+    about |= own | {
+        "base": subnetwork.model.config.name_or_path,
+        "base_sha256": weights_sha256(subnetwork.model),
+        "sha256": _sha256(tensors),
+    }
+    return write_atomic(Path(path), to_bytes(tensors, {k: str(v) for k, v in about.items()}))
+
+
+def _gates(subnetwork: Subnetwork) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     for name, gate in subnetwork.gates.items():
         z = gate().detach().cpu()
@@ -51,22 +67,33 @@ def save(
         if hasattr(gate, "scores"):
             tensors[f"{name}.scores"] = gate.scores.detach().cpu().contiguous()
     plan = {name: [_site_json(site) for site in sites] for name, sites in subnetwork.plan.items()}
-    about |= {
-        "plan": json.dumps(plan),
-        "base": str(subnetwork.model.config.name_or_path),
-        "base_sha256": weights_sha256(subnetwork.model),
-    }
-    return write_atomic(Path(path), to_bytes(tensors, {k: str(v) for k, v in about.items()}))
+    return tensors, {"plan": json.dumps(plan)}
 
 
 def _site_json(site: Site) -> list[Any]:
     return [site.linear, site.grid.rows, site.grid.cols, site.bias, site.transposed]
 
-# %% ../nbs/05_files.ipynb #936046fc
+
+def _entries(difference: Difference) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, shapes = {}, {}
+    for name, weight in difference.weights():
+        part = difference.parts[name]
+        if not isinstance(part, Entries):
+            raise ValueError(
+                "this difference still has a gate for every weight; choose its entries with "
+                "keep_largest_(difference, density), then save it"
+            )
+        if len(part.index):
+            tensors[f"{name}.index"] = part.index.to(torch.int32).cpu()
+            tensors[f"{name}.values"] = part.values.detach().cpu()
+        shapes[name] = list(weight.shape)
+    return tensors, {"shapes": json.dumps(shapes)}
+
+# %% ../nbs/05_files.ipynb #2fc4a01d
 def load(
     path: str | Path,  # written by `save`
     model: PreTrainedModel,  # the base it was made for
-) -> Subnetwork:
+) -> Subnetwork | Difference:  # gates act at once, a difference when it is switched on
     """Attach a saved subnetwork; ValueError if it was made for other weights."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,24 +101,51 @@ def load(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if missing := {"plan", "base", "base_sha256"} - about.keys():
+    kind = "shapes" if "shapes" in about else "plan"
+    if missing := {kind, "base", "base_sha256"} - about.keys():
         raise ValueError(f"{path} is no saved subnetwork: it lacks {', '.join(sorted(missing))}")
     if (came := weights_sha256(model)) != about["base_sha256"]:
         raise ValueError(
             f"{path} was made for {about['base'] or 'a model'} with weights "
             f"{about['base_sha256'][:12]}, this model's are {came[:12]}: load that one"
         )
+    if about.get("sha256", found := _sha256(tensors)) != found:
+        raise ValueError(f"{path} was altered: its contents no longer have the hash it states")
+    make = _open_difference if kind == "shapes" else _open_gates
     try:
-        plan = {
-            name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
-            for name, sites in json.loads(about["plan"]).items()
-        }
-        return attach_(
-            model,
-            plan,
-            lambda name, shape: FixedGate(tensors.get(f"{name}.values", tensors[f"{name}.keep"])),
-        )
+        return make(model, tensors, json.loads(about[kind]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: its plan does not fit its masks or the model: {error}"
+            f"{path}: its {kind} do not fit its tensors or the model: {error}"
         ) from error
+
+
+def _open_gates(
+    model: PreTrainedModel, tensors: dict[str, Tensor], plan: dict[str, list]
+) -> Subnetwork:
+    places = {
+        name: tuple(Site(s[0], Grid(s[1], s[2]), s[3], s[4]) for s in sites)
+        for name, sites in plan.items()
+    }
+    return attach_(
+        model,
+        places,
+        lambda name, shape: FixedGate(tensors.get(f"{name}.values", tensors[f"{name}.keep"])),
+    )
+
+
+def _open_difference(
+    model: PreTrainedModel, tensors: dict[str, Tensor], shapes: dict[str, list[int]]
+) -> Difference:
+    parts = {}
+    for name, shape in shapes.items():
+        weight = model.get_parameter(name.replace("/", "."))
+        if list(weight.shape) != shape:
+            raise ValueError(f"{name} is {shape}, the model's is {list(weight.shape)}")
+        index = tensors.get(f"{name}.index", torch.empty(0)).long()
+        values = tensors.get(f"{name}.values", torch.empty(0))
+        sorted_once = (index.diff() > 0).all() and (index >= 0).all()
+        if index.shape != values.shape or not sorted_once or (index >= weight.numel()).any():
+            raise ValueError(f"{name}: {len(index)} places and {len(values)} values do not belong")
+        parts[name.replace("/", ".")] = Entries(index, values).to(weight.device)
+    return Difference(model, parts).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from transformers import (
 
 from pruning_bias.anatomy import Encoder, anatomy
 from pruning_bias.compaction import compact, cut_, dense_shaped, load_compact, needed, sizes
-from pruning_bias.edits import Shifted
+from pruning_bias.differences import difference_
 from pruning_bias.files import weights_sha256
 from pruning_bias.gates import FixedGate
 from pruning_bias.plans import (
@@ -214,9 +214,9 @@ def test_active_subnetworks_count_and_no_others(family: str) -> None:
     dense = run(model)
     heads = attach_(model, head_plan(model), at_random(1))
     units = attach_(model, ffn_plan(model), at_random(2))  # masks first: what is closed is closed
-    shift = attach_(model, weight_plan(model), at_random(3), edit=Shifted)
-    for delta in shift.deltas.values():
-        nn.init.normal_(delta, std=0.1)
+    shift = difference_(model)
+    for part in shift.parts.values():
+        nn.init.normal_(part.delta, std=0.1)
     for wanted in ([heads, units], [heads], [units, shift], [heads, units, shift]):
         with active(*wanted):
             small = compact(model)

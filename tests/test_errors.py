@@ -30,13 +30,14 @@ from pruning_bias.anatomy import (
 from pruning_bias.benchmarks import choose_tests, read_sets, read_test
 from pruning_bias.corpus import Lexicon, lines, read_lexicon
 from pruning_bias.debias import Teacher, debias_loss, hidden_states
-from pruning_bias.edits import Shifted, Site
+from pruning_bias.differences import difference_
+from pruning_bias.edits import Site
 from pruning_bias.encoding import Encoded
 from pruning_bias.fidelity import Fidelity
 from pruning_bias.files import load, save
 from pruning_bias.gates import FixedGate, ThresholdGate, openness
 from pruning_bias.grids import Grid
-from pruning_bias.plans import Plan, block_plan, ffn_plan, head_plan, weight_plan
+from pruning_bias.plans import Plan, block_plan, ffn_plan, head_plan
 from pruning_bias.subnetworks import attach_, subnetworks
 from pruning_bias.texts import divide, read_classes
 from pruning_bias.training import fit
@@ -450,12 +451,12 @@ def smallest_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_weight_differences_are_not_saved_as_masks(
+def test_a_difference_is_saved_when_its_entries_are_chosen(
     tmp_path: Path, untouched: PreTrainedModel
 ) -> None:
-    """Their deltas would be lost."""
-    subnetwork = attach_(untouched, weight_plan(untouched), shut, Shifted)
-    with pytest.raises(ValueError, match="weight differences"):
+    """With a gate for every weight it would be three times its base."""
+    subnetwork = difference_(untouched)
+    with pytest.raises(ValueError, match="keep_largest_"):
         save(subnetwork, tmp_path / "delta.safetensors")
     assert not list(tmp_path.iterdir())
     subnetwork.detach_()
