@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .parameters import Run, parameter
+from .removal_runs import REMOVALS
 
 # %% ../nbs/16_runs.ipynb #6e96ee88
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,7 @@ EXPERIMENTS = {
     for each in (
         *(DebiasOnly, HeadMovement, BlockMovement, OftenClosed, Blindness, FineTuning),
         *(ImportancePruning, MagnitudePruning, Ticket, AttentionPatterns),
+        *REMOVALS,
     )
 }
 

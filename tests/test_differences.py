@@ -21,6 +21,7 @@ from pruning_bias.differences import (
     keep_largest_,
     learning,
     penalty,
+    penalty_weights,
 )
 from pruning_bias.files import load, save, weights_sha256
 from pruning_bias.gates import HardConcreteGate
@@ -277,10 +278,11 @@ def test_the_penalty_is_a_sum_over_gates_with_a_weight_per_layer() -> None:
         part.gates[0].scores.data.normal_()
         place = places[name.replace("/", ".")]
         expected[place] += torch.sigmoid(part.gates[0].scores).sum().item()
-    assert penalty(made, 1.0).item() == pytest.approx(sum(expected))
-    assert penalty(made, [0, 3, 0]).item() == pytest.approx(3 * expected[1])
-    with pytest.raises(ValueError, match="2 penalties; expected 1, or 3"):
-        penalty(made, [1.0, 2.0])
+    for by_layer, wanted in (("", sum(expected)), ("0 3 0", 3 * expected[1])):
+        weights = penalty_weights(1.0, by_layer, model)
+        assert penalty(made, weights).item() == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="2 penalties; expected 3"):
+        penalty_weights(1.0, "1 2", model)
 
 
 def test_a_file_gives_the_same_difference_back(tmp_path: Path) -> None:
