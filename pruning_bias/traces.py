@@ -50,7 +50,7 @@ def traces(
             (name, "chance"): strong.chance,
             (name, "largest group"): strong.majority,
             (name, "probe epoch"): strong.epoch,
-            (name, "gap"): gap_rms(labels, told, attribute.values, groups),
+            (name, "gap"): gap_rms(labels, told, attribute.values, groups).rms,
         }
     about = {"state": state, "draw": 0, "at": strength}
     return [
