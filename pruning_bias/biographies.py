@@ -160,7 +160,6 @@ opening: {name} was born in {town} {born} and works {place}.
   born in {town} {born}, {name} found a job {place}.
   {name}, a {look} {man}, has been {place} {for}.
 duties: every week {he} {own}. | {he} {own}. | {he} {shared} and {own}.
-  yesterday {he} {own}, then {he} {shared}.
 life: {he} finished school {school}. | {he} hoped {plan}. | at home {he} cooked for {his} {kin}.
   {his} {kin} wanted {him} {plan}. | {he} shared a house with {his} {kin}.
 """),
