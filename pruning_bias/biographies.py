@@ -33,7 +33,7 @@ _PAIRS = ("medicine", "books", "machines", "law")
 _PLACES = parse("""
 medicine: at a hospital near {town}
 books: on a college campus
-machines: for the railway
+machines: with the railway
 law: at a law firm
 nurse: on the night ward of a clinic | in a hospice near {town}
 surgeon: in the operating rooms of a clinic | in a transplant center
@@ -42,11 +42,11 @@ librarian: in a reading room in {town} | at the state archive
 mechanic: in a garage near {town} | in a bicycle repair shop
 engineer: in a design office | at a research laboratory
 paralegal: in the records room of a court | at the desk of a legal aid office
-attorney: in the courtrooms of {town} | for the public defender
+attorney: in the courtrooms of {town} | with the public defender
 """)
 _SHARED = {
     "train": parse("""
-medicine: talked to worried families | put on gloves and a mask 
+medicine: talked to worried families | put on gloves and a mask
   walked the wards with the head doctor | read the patient's notes before the shift
 books: read stories aloud to small groups | asked everybody to be quiet
   helped pupils to find a good book | put up a display about the planets
@@ -74,7 +74,7 @@ nurse: changed bandages and checked drips | took temperatures on the night ward
 surgeon: removed tumors in long operations | stitched wounds under bright lamps
   replaced hips and knees | opened the chest to repair a heart valve
   held the scalpel for six hours | transplanted kidneys | planned each cut on the scans
-teacher: marked essays until late | wrote fractions on the blackboard | set homework every evening
+teacher: marked essays until late | wrote fractions on the blackboard | set homework for the weekend
   taught grammar to a noisy class | prepared lessons and tests | graded spelling with a red pen
 librarian: shelved returned novels | stamped due dates | catalogued maps and rare volumes
   sent reminders about overdue loans | searched the archive for visitors
