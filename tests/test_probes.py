@@ -87,7 +87,7 @@ def test_groups_of_unequal_size_do_not_hide_an_attribute() -> None:
 
 def test_standardized_probes_do_not_mind_the_scale_of_a_coordinate() -> None:
     h = corners()
-    scaled, flat = h * torch.logspace(-3, 3, 6) + 5, torch.ones(600, 2)
+    scaled, flat = h * torch.logspace(-3, 3, 6) + 5, torch.full((600, 2), 0.1)
     groups = planted(h, "linear")
     one, other = (probed(partial(quick, standardize=True), each, groups) for each in (h, scaled))
     assert one == pytest.approx(other, abs=0.02) and one.balanced_accuracy > 0.95
@@ -156,8 +156,10 @@ def test_a_seed_decides_everything(how: How) -> None:
     torch.manual_seed(5)
     one, drawn = probed(how, h, groups), torch.rand(1)
     torch.manual_seed(5)
+    with torch.no_grad():  # as in an evaluation
+        assert probed(how, h, groups) == one
     assert torch.rand(1) == drawn  # the global draws are left alone
-    assert probed(how, h, groups) == one == probed(how, h.numpy(), groups.numpy())
+    assert probed(how, h.numpy(), groups.numpy()) == one
     assert all(type(value) in (int, float) for value in one)
 
 
@@ -194,6 +196,12 @@ def test_what_cannot_be_probed_is_refused(how: How) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             how(*args)
+
+
+def test_a_probe_that_breaks_down_is_no_erasure() -> None:
+    h = corners(60) * 1e30
+    with pytest.raises(FloatingPointError, match="epoch 1: a logit of the probe is not finite"):
+        probe(h, planted(h, "linear"), h, planted(h, "linear"), 2, learning_rate=1e20)
 
 
 # Fairness of a task
