@@ -702,7 +702,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'pruning_bias.probes._checked': ('probes.html#_checked', 'pruning_bias/probes.py'),
                                      'pruning_bias.probes._logits': ('probes.html#_logits', 'pruning_bias/probes.py'),
                                      'pruning_bias.probes._probed': ('probes.html#_probed', 'pruning_bias/probes.py'),
-                                     'pruning_bias.probes._standardized': ('probes.html#_standardized', 'pruning_bias/probes.py'),
                                      'pruning_bias.probes.distance_to_optimum': ( 'probes.html#distance_to_optimum',
                                                                                   'pruning_bias/probes.py'),
                                      'pruning_bias.probes.gap_rms': ('probes.html#gap_rms', 'pruning_bias/probes.py'),

@@ -8,6 +8,7 @@ __all__ = ['reverse_gradient', 'ramp', 'Adversary', 'balanced_weights', 'adversa
 # %% ../nbs/10_erasure.ipynb #89c3f563
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torch.nn import functional as F
 # %% ../nbs/10_erasure.ipynb #8d44a5bf
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, strength: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, strength: float) -> Tensor:
+        """The state, as it is."""
         ctx.strength = strength
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Its gradient, turned round."""
         return -ctx.strength * gradient, None
 
 

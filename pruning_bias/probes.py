@@ -8,7 +8,6 @@ __all__ = ['Probed', 'hold_out', 'train_probe', 'probe', 'linear_probe', 'Gap', 
 # %% ../nbs/13_probes.ipynb #20198a91
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,10 +86,10 @@ def train_probe(
     told: np.ndarray,  # int [M], the groups of `validation`
     n_groups: int,  # C
     *,
-    heads: int = 5,
-    epochs: int = 40,
-    learning_rate: float = 1e-4,
-    batch_size: int = 64,
+    heads: int = 5,  # that vote
+    epochs: int = 40,  # passes over `states`
+    learning_rate: float = 1e-4,  # too small for few or narrow states: see below
+    batch_size: int = 64,  # states in a step
     balanced: bool = True,  # groups weigh the inverse of their size
     published_code: bool = False,  # the epoch of least loss; their use of the weights
     seed: int = 0,  # of weights, batches and dropout
@@ -101,7 +100,7 @@ def train_probe(
     weights = balanced_weights(y, n_groups) if balanced else None
     adversary = Adversary(states.shape[1], n_groups, heads, seed=seed).to(device)
     optimizer = AdamW(adversary.parameters(), learning_rate, fused=True)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
             adversary.train()
@@ -111,7 +110,7 @@ def train_probe(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            logits = _logits(adversary.eval(), validation)
+            logits = _logits(adversary.eval(), validation, epoch)
             if published_code:
                 score = -adversary_loss(logits, answers, weights, True).item()
             else:
@@ -123,8 +122,14 @@ def train_probe(
 
 
 @torch.no_grad()
-def _logits(adversary: Adversary, states: Tensor) -> Tensor:
-    return torch.cat([adversary(part) for part in states.split(1024)], dim=1)
+def _logits(adversary: Adversary, states: Tensor, epoch: int) -> Tensor:
+    logits = torch.cat([adversary(part) for part in states.split(1024)], dim=1)
+    if not logits.isfinite().all():  # else its vote would pass for erasure
+        raise FloatingPointError(
+            f"epoch {epoch}: a logit of the probe is not finite; lower its learning rate, "
+            "or standardize the states"
+        )
+    return logits
 
 
 def probe(
@@ -143,7 +148,8 @@ def probe(
     """How well fresh heads tell the groups of the dev texts."""
     train, groups, dev, dev_groups = _checked(train, groups, dev, dev_groups, n_groups)
     if standardize:
-        train, dev = _standardized(train, dev)
+        scaler = StandardScaler().fit(train.cpu())
+        train, dev = (torch.as_tensor(scaler.transform(h.cpu())).to(h) for h in (train, dev))
     if published_code:
         fitted, rest, places = (train, groups), dev, dev_groups
     else:
@@ -152,12 +158,7 @@ def probe(
     adversary, epoch = train_probe(
         *fitted, rest, places, n_groups, published_code=published_code, seed=seed, **how
     )
-    return _probed(vote(_logits(adversary, dev)).cpu().numpy(), dev_groups, n_groups, epoch)
-
-
-def _standardized(train: Tensor, *others: Tensor) -> Iterator[Tensor]:
-    mean, deviation = train.mean(0), train.std(0).clamp(min=torch.finfo(train.dtype).tiny)
-    return ((each - mean) / deviation for each in (train, *others))
+    return _probed(vote(_logits(adversary, dev, epoch)).cpu().numpy(), dev_groups, n_groups, epoch)
 
 # %% ../nbs/13_probes.ipynb #9d17ab92
 def linear_probe(
