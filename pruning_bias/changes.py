@@ -24,15 +24,17 @@ class Dense(nn.Module):
         make_gate: Callable[[tuple[int, ...]], Gate] = HardConcreteGate,  # shape -> gate
         structured: bool = False,  # one more gate, of the whole tensor
         gradient: Literal["exact", "published_code"] = "exact",  # of delta: z G, or (1 + z) G
+        rows: Tensor | None = None,  # int64, rows that may change; None = all
     ) -> None:
         super().__init__()
         if gradient not in ("exact", "published_code"):
             raise ValueError(f"gradient is {gradient!r}; expected 'exact' or 'published_code'")
-        shapes = [tuple(weight.shape)] + [(1,)] * structured
+        self.register_buffer("rows", rows)
+        self._before = self.own(weight).clone()
+        shapes = [tuple(self._before.shape)] + [(1,)] * structured
         self.gates = nn.ModuleList(make_gate(shape) for shape in shapes).to(weight.device)
-        self.delta = nn.Parameter(torch.zeros_like(weight))
+        self.delta = nn.Parameter(torch.zeros_like(self._before))
         self.passed = gradient == "published_code"
-        self._before = torch.empty(0)
 
     def z(self) -> Tensor:
         """What multiplies delta, in its shape; noisy in training mode."""
@@ -45,27 +47,45 @@ class Dense(nn.Module):
 
     def penalty(self) -> Tensor:
         """Expected number of open gates, scalar."""
-        return sum(gate.keep().numel() * gate.penalty() for gate in self.gates)
+        sizes = (self.delta.numel(), 1)
+        return sum(size * gate.penalty() for size, gate in zip(sizes, self.gates, strict=False))
 
     def add_(self, weight: Tensor, scale: float) -> None:
         """Write scale * z * delta into the weight, and keep what stood there."""
-        if self._before.shape != weight.shape:
-            self._before = torch.empty_like(weight)
-        self._before.copy_(weight)
-        weight.addcmul_(self.z(), self.delta, value=scale)
+        self._before.copy_(self.own(weight))
+        self._write_(weight, torch.addcmul(self._before, self.z(), self.delta, value=scale))
 
     def restore_(self, weight: Tensor) -> None:
         """Write back what stood there, to the bit."""
-        weight.copy_(self._before)
+        self._write_(weight, self._before)
 
     def pull_(self, gradient: Tensor, scale: float) -> None:
         """Add to the gradients of delta and of the scores, from the weight's."""
-        gradient = gradient * scale
+        gradient = self.own(gradient) * scale if scale != 1 else self.own(gradient)
         with torch.enable_grad():
             z = self.z()
         if z.requires_grad:
             torch.autograd.backward(z, gradient * self.delta)
         _accumulate(self.delta, gradient * ((1 + z) if self.passed else z).detach())
+
+    def chosen(self, keep: Tensor) -> "Entries":
+        """What stays of it: bool [entries] -> those entries at their values."""
+        index = keep.nonzero()[:, 0]
+        values = self.change().flatten()[index]
+        if self.rows is not None:
+            width = self.delta[0].numel()
+            index = self.rows[index // width] * width + index % width
+        return Entries(index, values)
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The rows that may change."""
+        return weight if self.rows is None else weight[self.rows]
+
+    def _write_(self, weight: Tensor, own: Tensor) -> None:
+        if self.rows is None:
+            weight.copy_(own)
+        else:
+            weight.index_copy_(0, self.rows, own)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .anatomy import FAMILIES, anatomy
-from .changes import Dense, Entries
+from .changes import Dense
 
 # %% ../nbs/04_differences.ipynb #6b8da178
 class Difference(nn.Module):
@@ -170,12 +170,15 @@ def every_weight(
 def difference_(
     model: PreTrainedModel,
     scope: Literal["encoder", "layers"] = "encoder",
+    seen: Tensor | None = None,  # int64, word pieces that occur; None = any may
     **how: object,  # see Dense: make_gate, structured, gradient
 ) -> Difference:
     """A difference that has learned nothing yet: delta is zero everywhere."""
-    return Difference(
-        model, {n: Dense(model.get_parameter(n), **how) for n in every_weight(model, scope)}
-    )
+    words, parts = model.get_input_embeddings().weight, {}
+    for name in every_weight(model, scope):
+        weight = model.get_parameter(name)
+        parts[name] = Dense(weight, rows=seen if weight is words else None, **how)
+    return Difference(model, parts)
 
 
 def penalty_weights(
@@ -218,18 +221,16 @@ def keep_largest_(
         changes = difference.changes()
         sizes = [each.abs().flatten() for each in changes.values()]
         every = torch.cat(sizes)
-        wanted, alive = round(density * len(every)), int((every > 0).sum())
+        total = sum(weight.numel() for _, weight in difference.weights())
+        wanted, alive = round(density * total), int((every > 0).sum())
         if alive < wanted:
             warnings.warn(
-                f"{alive:,} of {len(every):,} entries change anything, {wanted:,} were to be kept: "
-                f"the density is {alive / len(every):.2g}, not {density:.2g}. Learn for longer, or "
-                "lower the penalty",
+                f"{alive:,} of {total:,} entries change anything, {wanted:,} were to be kept: the "
+                f"density is {alive / total:.2g}, not {density:.2g}. Learn for longer, or lower "
+                "the penalty",
                 stacklevel=2,
             )
         kept = torch.zeros_like(every, dtype=torch.bool)
         kept[every.argsort(descending=True, stable=True)[: min(wanted, alive)]] = True
-        for (name, change), keep in zip(
-            changes.items(), kept.split([len(size) for size in sizes]), strict=True
-        ):
-            index = keep.nonzero()[:, 0]
-            difference.parts[name] = Entries(index, change.flatten()[index])
+        for name, keep in zip(changes, kept.split([len(size) for size in sizes]), strict=True):
+            difference.parts[name] = difference.parts[name].chosen(keep)

@@ -132,8 +132,12 @@ class HardConcreteGate(nn.Module):
 
     def forward(self) -> Tensor:
         """z, [R, C] in [0, 1]; noisy in training mode."""
-        noisy = (self.scores + self.noise) / self.temperature
-        return self._stretch(noisy if self.training else self.scores).clamp(0, 1)
+        if not self.training:
+            return self._stretch(self.scores).clamp(0, 1)
+        noisy = self.scores + self.noise
+        return self._stretch(noisy / self.temperature if self.temperature != 1 else noisy).clamp(
+            0, 1
+        )
 
     def keep(self) -> Tensor:
         """Groups whose noiseless gate is not exactly closed, bool [R, C]."""

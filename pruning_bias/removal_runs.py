@@ -29,6 +29,7 @@ class Texts(Run):
     learning_rate: float = parameter(5e-4, "step size of the encoder's weights", at_least=0)
     head_rate: float = parameter(1e-3, "step size of the task's head", at_least=0)
     probe_epochs: int = parameter(2, "passes of a probe over the states", at_least=1)
+    probe_rate: float = parameter(1e-3, "step size of a probe; the paper's is 0.0001", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,10 @@ class SubnetworkPost(Differing):
     """A difference for one attribute, of a model that is done; `encoder` is a FinetuneBiased."""
 
     attribute: str = parameter("gender", "the attribute that is removed")
+    warm_up: int = parameter(2, "passes of the adversary over the core's states before", at_least=0)
     batch_size: int = parameter(16, "examples per step", at_least=1)
     probe_epochs: int = parameter(2, "passes of a probe over the states", at_least=1)
+    probe_rate: float = parameter(1e-3, "step size of a probe; the paper's is 0.0001", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,9 @@ class Combine(Run):
     """Subnetworks of several runs are switched on in every combination; `encoder` is their core."""
 
     sources: str = parameter("", "runs of SubnetworkPost, as Experiment/digest and spaces")
-    strengths: str = parameter("0.5 1", "with spaces")
+    strengths: str = parameter("0.5 1", "of each alone, with spaces; empty = only together")
     probe_epochs: int = parameter(2, "passes of a probe over the states", at_least=1)
+    probe_rate: float = parameter(1e-3, "step size of a probe; the paper's is 0.0001", at_least=0)
 
 # %% ../nbs/16_removal_runs.ipynb #58e41c4a
 REMOVALS = (FinetuneBiased, FinetuneErased, SubnetworkPost, SubnetworkParallel, Combine)

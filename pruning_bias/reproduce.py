@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .ticket_parts import write_lottery
-
 from .corpus import lines
 from .execution import Job, run_notebook
 from .executors import execute_all
@@ -27,6 +25,8 @@ from pruning_bias.settings import (
     project_root,
     write_atomic,
 )
+from .ticket_parts import write_lottery
+from .trace_parts import write_traces
 
 # %% ../nbs/21_reproduce.ipynb #75c00949
 def reproduce(
@@ -60,6 +60,8 @@ def _report(paper: str, root: Path) -> str:
     """Write tables and figures; what to print."""
     if paper == "lottery":
         return write_lottery(root, root)
+    if paper == "subnetworks":
+        return write_traces(root, root)
     reference = project_root() / "results" / "reference" / root.name
     return write_report(root, root, reference if reference.is_dir() else None)
 

@@ -8,22 +8,15 @@ __all__ = ['Rows', 'draw_traces', 'draw_strengths', 'draw_densities']
 # %% ../nbs/17_trace_charts.ipynb #f323101e
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .charts import panels
+
 Rows = list[dict[str, Any]]  # from traces: state, metric, test, value, at
 
 # %% ../nbs/17_trace_charts.ipynb #28a04fa0
-def _row_of(n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """n panels side by side, and the room for their labels."""
-    figure, axes = plt.subplots(
-        1, n, figsize=(1 + width * n, height), layout="constrained", squeeze=False
-    )
-    return figure, list(axes[0])
-
-
 def _values(rows: Rows, metric: str) -> dict[str, dict[str, float]]:
     """At full strength: test -> state -> value."""
     found: dict[str, dict[str, float]] = {}
@@ -37,14 +30,19 @@ def draw_traces(rows: Rows) -> Figure:
     """The task and every attribute's probe, a bar for each state; dashed: chance."""
     accuracy, probes = _values(rows, "accuracy"), _values(rows, "probe")
     chances = _values(rows, "chance")
-    figure, axes = _row_of(len(accuracy) + len(probes), 2, 2.4)
-    for ax, (name, values) in zip(axes, (accuracy | probes).items(), strict=True):
-        ax.bar(list(values), list(values.values()), color="C0" if name in accuracy else "C1")
+    names = {name: name for name in accuracy} | {f"probe: {name}": name for name in probes}
+
+    def draw(ax: Axes, title: str) -> None:
+        name, kind = names[title], accuracy if title in accuracy else probes
+        ax.bar(
+            list(kind[name]), list(kind[name].values()), color="C0" if kind is accuracy else "C1"
+        )
         for chance in list(chances.get(name, {}).values())[:1]:
             ax.axhline(chance, color="#777777", linestyle="--", linewidth=1)
-        ax.set(title=name if name in accuracy else f"probe: {name}", ylim=(0, 1))
+        ax.set(ylim=(0, 1))
         ax.tick_params(axis="x", rotation=30)
-    return figure
+
+    return panels(list(names), draw, (2.4, 2.4), share=False)
 
 # %% ../nbs/17_trace_charts.ipynb #b2874549
 def draw_strengths(rows: Rows) -> Figure:  # of single subnetworks at several strengths
@@ -53,8 +51,8 @@ def draw_strengths(rows: Rows) -> Figure:  # of single subnetworks at several st
         (r["metric"], r["test"]) for r in rows if r["metric"] in ("accuracy", "probe")
     )
     states = [s for s in dict.fromkeys(r["state"] for r in rows) if s.count("+") == 1]
-    figure, axes = _row_of(len(states), 2.8, 2.6)
-    for ax, state in zip(axes, states, strict=True):
+
+    def draw(ax: Axes, state: str) -> None:
         for metric, test in lines:
             there = [r for r in rows if (r["metric"], r["test"]) == (metric, test)]
             points = [
@@ -64,9 +62,9 @@ def draw_strengths(rows: Rows) -> Figure:  # of single subnetworks at several st
             ]
             label = f"probe: {test}" if metric == "probe" else test
             ax.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        ax.set(xlabel=f"strength of {state[1:]}", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=7)
-    return figure
+        ax.set(xlabel="strength", ylim=(0, 1))
+
+    return panels(states, draw, (2.8, 2.6))
 
 # %% ../nbs/17_trace_charts.ipynb #cccdc797
 def draw_densities(rows: Rows) -> Figure:  # from density_rows
@@ -74,14 +72,15 @@ def draw_densities(rows: Rows) -> Figure:  # from density_rows
     rows = [row for row in rows if row["metric"] == "layer density"]
     tests, parts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("test", "group"))
     layers = 1 + max(row["layer_of"] for row in rows)
-    figure, axes = _row_of(len(tests), 3, 3.2)
-    for ax, test in zip(axes, tests, strict=True):
+
+    def draw(ax: Axes, test: str) -> None:
         grid = np.full((len(parts), layers), np.nan)
         for row in rows:
             if row["test"] == test:
                 grid[parts.index(row["group"]), row["layer_of"]] = 100 * row["value"]
         image = ax.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
-        ax.set(yticks=range(len(parts)), yticklabels=parts, xticks=range(layers), title=test)
+        ax.set(yticks=range(len(parts)), yticklabels=parts, xticks=range(layers))
         ax.set(xlabel="layer (0: embeddings)")
-        figure.colorbar(image, ax=ax, label="% changed", shrink=0.8)
-    return figure
+        ax.figure.colorbar(image, ax=ax, label="% changed", shrink=0.8)
+
+    return panels(tests, draw, (3.2, 3.2))

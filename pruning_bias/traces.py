@@ -11,10 +11,10 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from .probes import gap_rms, linear_probe, probe
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from .differences import Difference, every_weight
+from .probes import gap_rms, linear_probe, probe
 from .regimes import TaskModel, task_states
 from .subnetworks import active, dense
 from .task_models import Texts
@@ -27,6 +27,7 @@ def traces(
     state: str,  # its name, for the rows
     *,
     probe_epochs: int = 40,
+    probe_rate: float = 1e-4,
     seed: int = 0,  # of the probes
     strength: float = 1.0,  # of what is on, for the rows
 ) -> list[dict[str, Any]]:  # rows: state, draw, metric, test (task or attribute), value
@@ -43,7 +44,7 @@ def traces(
     for name, attribute in dev.attributes.items():
         known, groups = train.attributes[name].values, len(attribute.groups)
         given = (states, known, unseen, attribute.values, groups)
-        strong = probe(*given, epochs=probe_epochs, seed=seed)
+        strong = probe(*given, epochs=probe_epochs, learning_rate=probe_rate, seed=seed)
         found |= {
             (name, "probe"): strong.balanced_accuracy,
             (name, "linear probe"): linear_probe(*given, seed=seed).balanced_accuracy,
@@ -62,13 +63,13 @@ def traces(
 def states_of(
     model: TaskModel,
     differences: dict[str, Difference],  # by attribute; all off
+    together: bool = False,  # only the states of several
 ) -> dict[str, AbstractContextManager]:  # name of a state -> a `with` of it
-    """The core, each difference alone, and all together."""
-    states: dict[str, AbstractContextManager] = {"core": dense(model.encoder)}
-    states |= {f"+{name}": active(each) for name, each in differences.items()}
-    if len(differences) > 1:
-        states["+" + "+".join(differences)] = active(*differences.values())
-    return states
+    """The core, each difference alone, and every combination of several."""
+    sets = [s for n in range(2, len(differences) + 1) for s in combinations(differences, n)]
+    states = {"+" + "+".join(s): active(*(differences[name] for name in s)) for s in sets}
+    alone = {f"+{name}": active(each) for name, each in differences.items()}
+    return states if together else {"core": dense(model.encoder)} | alone | states
 
 
 def density_rows(
