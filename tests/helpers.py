@@ -1,16 +1,19 @@
 """What several test modules do: a run's notebook in this process, the density of gates."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
+import pytest
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from pruning_bias.execution import job_of
-from pruning_bias.parameters import Run, parameters
+from pruning_bias.parameters import Run, digest, parameters
+from pruning_bias.settings import file_sha256
 from pruning_bias.subnetworks import Subnetwork
 
 matplotlib.use("Agg")
@@ -27,6 +30,26 @@ def in_process(run: Run) -> dict[str, Any]:
             names.update(parameters(run))
     plt.close("all")
     return names
+
+
+def finished_in_process(
+    run: Run,
+    root: Path,  # of the results
+) -> Path:  # the folder of the finished run
+    """As `execute` would leave it, but for the notebook, and without a kernel of its own."""
+    name = f"{type(run).__name__}/{digest(run)}"
+    folder = root / type(run).__name__ / f".{digest(run)}.host-1.tmp"
+    folder.mkdir(parents=True)
+    facts = {"experiment": type(run).__name__, **parameters(run)}
+    (folder / "parameters.json").write_text(json.dumps(facts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNING_BIAS_RUN_FOLDER", str(folder))
+        in_process(run)
+    about = json.loads((folder / "environment.json").read_text()) | {"seconds": 1.0}
+    (folder / "environment.json").write_text(json.dumps(about))
+    done = {"metrics.json": file_sha256(folder / "metrics.json")}
+    (folder / "done.json").write_text(json.dumps(done))
+    return folder.rename(root / name)
 
 
 def density(subnetwork: Subnetwork) -> float:

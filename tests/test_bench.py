@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from bench import growth, lottery, steps
+from bench import differences, growth, lottery, steps
 from bench.measuring import product_rate, text
 from bench.rate import operations
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +13,7 @@ from pruning_bias.encoding import Batch
 from pruning_bias.importance import all_open
 from pruning_bias.plans import head_plan
 from pruning_bias.qualities import mask_logits, without_each
+from pruning_bias.regimes import TaskModel
 from pruning_bias.tasks import Classifier, EncodedTask
 
 
@@ -91,3 +92,19 @@ def test_masks_that_close_one_more_share_operations() -> None:
 
 def test_a_rate_is_positive() -> None:
     assert product_rate(16, 16, 16, rounds=1) > 0
+
+
+def test_a_differences_memory_is_what_torch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and what a step allocates; entries are counted with Adam's two moments."""
+    monkeypatch.setattr(differences, "BATCH", 6)
+    model = TaskModel(tiny_encoder(), 2)
+    monkeypatch.setattr(lottery, "BATCH", 6)
+    data = lottery.full_length(text())
+    batch = data.batch(np.arange(6))
+    step = differences.our_step(model, batch, None, fixed=True)
+    weights = sum(4 * weight.numel() for weight in model.parameters()) / 2**20
+    assert differences.memory(step, model) > weights
+    encoder = sum(weight.numel() for weight in model.encoder.parameters())
+    assert differences.lasting(model) == pytest.approx(0.01 * encoder * 24 / 2**20, rel=0.01)
+    plain = TaskModel(tiny_encoder(), 2)
+    assert differences.memory(differences.forward(plain, batch), plain) > weights

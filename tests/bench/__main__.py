@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from pruning_bias.settings import write_atomic
 
+from .differences import measure_differences
 from .gpu import measure_gpu
 from .growth import measure_growth, measure_scanning
 from .lottery import measure_lottery
@@ -24,6 +25,7 @@ PARTS = {
     "growth": measure_growth,
     "seat": measure_seat,
     "lottery": measure_lottery,
+    "differences": measure_differences,
     "gpu": measure_gpu,
 }
 HEADERS = ["figure", "mark", "", "measured", "ours", "against", "batch", "threads"]

@@ -1,0 +1,146 @@
+"""A debias subnetwork's steps, memory and file against plain fine-tuning and plain inference."""
+
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pruning_bias.anatomy import load_encoder
+from pruning_bias.attributes import Attribute
+from pruning_bias.differences import difference_, keep_largest_, learning, penalty, penalty_weights
+from pruning_bias.erasers import Eraser
+from pruning_bias.files import save
+from pruning_bias.regimes import TaskModel, adam, losses_of, scores_and_deltas
+from pruning_bias.tasks import EncodedTask, TaskBatch
+
+from .lottery import BATCH, LENGTH, full_length
+from .measuring import Figure, Part, all_cores, median, text
+
+DENSITY = 0.01
+Step = Callable[[], None]
+
+
+def fine_tuning_step(model: TaskModel, batch: TaskBatch) -> Step:
+    """All weights, the task's loss, AdamW."""
+    model.encoder.requires_grad_(True)
+    optimizer = adam((model.encoder.parameters(), 1e-5, 0.0), (model.head.parameters(), 1e-4, 0.0))
+    losses = losses_of(model)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses(batch)["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(model: TaskModel, batch: TaskBatch, rows: torch.Tensor | None, fixed: bool) -> Step:
+    """A difference learns, with a gate for every weight or in chosen entries."""
+    model.encoder.requires_grad_(False)
+    difference = difference_(model.encoder, seen=rows)
+    if fixed:
+        for part in difference.parts.values():
+            part.delta.data.normal_(std=1e-3, generator=torch.Generator().manual_seed(0))
+        keep_largest_(difference, DENSITY)
+    groups = Attribute("side", ("left", "right"), np.arange(BATCH) % 2)
+    eraser = Eraser(groups, model.encoder.config.hidden_size)
+    weights = penalty_weights(1.25e-7, "", model.encoder)
+    losses = losses_of(model, [eraser], lambda: penalty(difference, weights))
+    scores, deltas = scores_and_deltas(difference)
+    optimizer = adam((deltas, 1e-5, 0.0), (scores, 0.1, 0.0), (eraser.parameters(), 1e-4, 0.0))
+    noise = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        with learning(difference):  # a training enters once; here each step pays for it
+            difference.draw_(noise)
+            optimizer.zero_grad(set_to_none=True)
+            losses(batch)["loss"].backward()
+            optimizer.step()
+
+    return step
+
+
+def forward(model: TaskModel, batch: TaskBatch) -> Step:
+    """Inference that keeps its activations: frozen weights, a graph from the embeddings on."""
+    model.encoder.requires_grad_(False)
+    words = model.encoder.get_input_embeddings()
+
+    def step() -> None:
+        hook = words.register_forward_hook(lambda *found: found[2].requires_grad_(True))
+        try:
+            model.state(batch)
+        finally:
+            hook.remove()
+
+    return step
+
+
+def memory(step: Step, model: TaskModel) -> float:  # MiB
+    """The model's weights, and the most that a step holds at once beyond what was there."""
+    step()  # what lasts from step to step is there now, and is counted by `lasting`
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    weights = sum(w.numel() * w.element_size() for w in model.parameters())
+    return (weights + max(accumulate(event.nbytes() for event in events))) / 2**20
+
+
+def lasting(model: TaskModel) -> float:  # MiB
+    """Places, values and what Adam keeps of each: int64, and four float32."""
+    difference = model.encoder.differences[-1]
+    return sum(len(part.index) * (8 + 4 * 4) for part in difference.parts.values()) / 2**20
+
+
+def fresh() -> TaskModel:
+    """The packaged encoder with a head for two labels, in training mode."""
+    return TaskModel(load_encoder("packaged").model, 2).train()
+
+
+def measure_differences(part: Part) -> None:
+    """Learning and fixed-mask steps, the latter's memory, and a file's size."""
+    given, threads = text(), all_cores()
+    data: EncodedTask = full_length(given)
+    batch = data.batch(np.arange(BATCH))
+    seen = torch.from_numpy(data.ids).long().unique()
+    ways = {
+        "fine-tuning": fine_tuning_step(fresh(), batch),
+        "learning": our_step(fresh(), batch, None, fixed=False),
+        "learning, seen rows": our_step(fresh(), batch, seen, fixed=False),
+        "fixed": our_step(fixed := fresh(), batch, None, fixed=True),
+    }
+    seconds = {name: median(step) for name, step in ways.items() if step() is None}
+    kept = memory(ways["fixed"], fixed) + lasting(fixed)
+    plain = memory(forward(plain_model := fresh(), batch), plain_model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(fixed.encoder.differences[-1], Path(folder) / "difference.safetensors")
+        base = sum(4 * weight.numel() for weight in fixed.encoder.parameters())
+        share = path.stat().st_size / base
+    part.numbers = {"text": given.name, "seconds": seconds, "memory_mib": [kept, plain],
+                    "rows_of_word_embeddings": len(seen), "file_share": share}  # fmt: skip
+    shared = {"batch": f"{BATCH} of {LENGTH}", "threads": threads}
+    usual = seconds["fine-tuning"]
+
+    def line(name: str, what: str, mark: float | None) -> Figure:
+        ratio = seconds[name] / usual
+        return Figure(
+            what, f"{ratio:.2f} times the time", f"{seconds[name]:.2f} s",
+            f"{usual:.2f} s: plain fine-tuning", **shared,
+            mark=f"<= {mark}" if mark else "", reached=ratio <= mark if mark else None,
+        )  # fmt: skip
+
+    part.figures = [
+        line("learning", "a difference's learning step, a gate for every weight", 2.0),
+        line("learning, seen rows", "the same, rows of embeddings only where they are used", 2.0),
+        line("fixed", f"a fixed-mask step at density {DENSITY}", 1.15),
+        Figure("memory of a fixed-mask step", f"{kept / plain:.2f} of the memory",
+               f"{kept:.0f} MiB", f"{plain:.0f} MiB: plain inference and its activations", **shared,
+               mark="<= 1.1", reached=kept <= 1.1 * plain),
+        Figure(f"file of a difference at density {DENSITY}", f"{share:.2%} of its base",
+               f"{path.name}", "the encoder's weights", "-", threads,
+               mark="<= 3 %", reached=share <= 0.03),
+    ]  # fmt: skip
