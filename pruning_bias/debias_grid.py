@@ -27,8 +27,8 @@ def removals(
     differing: dict[str, Any],  # fields of Differing
     erasing: dict[str, dict[str, Any]],  # erasure -> strength and other fields of Erasing
     attributes: Iterable[str],
-    warm_up: int = 20,
-    strengths: str = "",
+    warm_up: int = 20,  # passes of an adversary before
+    strengths: str = "",  # of Combine
     baselines: bool = False,  # all weights erased, and parallel, as well
 ) -> list[Run]:
     """The paper's comparison on one set of texts."""

@@ -48,6 +48,7 @@ class Difference(nn.Module):
 
     @on.setter
     def on(self, on: bool) -> None:
+        """Write the weights, or put back what they were."""
         self._on = bool(on)
         self.write_()
 
@@ -58,6 +59,7 @@ class Difference(nn.Module):
 
     @scale.setter
     def scale(self, scale: float) -> None:
+        """Write the weights at this strength, if it is on."""
         self._scale = float(scale)
         self.write_()
 

@@ -50,8 +50,8 @@ def warm_up_(
     eraser: Eraser,  # its adversary is trained; nothing happens without one
     states: Tensor,  # [N, H], of the core, an example each
     epochs: int,  # passes over the states
-    learning_rate: float = 1e-3,
-    batch_size: int = 64,
+    learning_rate: float = 1e-3,  # of AdamW
+    batch_size: int = 64,  # states per step
     seed: int = 0,  # of order and dropout
 ) -> None:
     """Teach the adversary on frozen states; the same seed gives the same bytes."""

@@ -57,7 +57,7 @@ def subnetworks_demo(settings: Settings) -> list[Run]:
     return removals(
         *(common(settings), settings.seeds, texts | {"probe_epochs": 15, "probe_rate": 1e-3}),
         training={"epochs": 1},
-        differing={"learn_steps": 30, "fix_steps": 60, "delta_rate": 1e-3},
+        differing={"learn_steps": 30, "fix_steps": 60, "delta_rate": 1e-4, "fix_rate": 1e-3},
         erasing={"mmd": {"strength": 5.0}},
         attributes=("gender", "age"),
     )
@@ -75,7 +75,7 @@ def subnetworks_small(settings: Settings) -> list[Run]:
             *(common(settings), settings.seeds[:2]),
             texts | {"data": name, "examples": examples},
             training={"epochs": epochs},
-            differing={"learn_steps": 30, "fix_steps": 60, "delta_rate": 1e-3},
+            differing={"learn_steps": 30, "fix_steps": 60, "delta_rate": 1e-4, "fix_rate": 1e-3},
             erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 5.0}},
             attributes=attributes,
             baselines=True,
@@ -95,7 +95,7 @@ def subnetworks_paper(settings: Settings) -> list[Run]:
         training={"epochs": 20},
         differing={
             **{"learn_steps": 15 * epoch, "fix_steps": 15 * epoch, "delta_rate": 2e-5},
-            **{"adversary_rate": 1e-4, "density": 0.01},
+            **{"fix_rate": 2e-5, "adversary_rate": 1e-4, "density": 0.01},
         },
         erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 1.0}},
         attributes=("gender",),

@@ -65,6 +65,7 @@ class Differing(Erasing):
     learn_steps: int = parameter(4, "with a gate for every weight", at_least=1)
     fix_steps: int = parameter(2, "with chosen entries", at_least=0)
     delta_rate: float = parameter(1e-3, "step size of the differences", at_least=0)
+    fix_rate: float = parameter(1e-3, "step size of the chosen entries", at_least=0)
     score_rate: float = parameter(0.1, "step size of log alpha", at_least=0)
     score_decay: float = parameter(0.0, "weight decay of log alpha; the published code's is 0.01")
     density: float = parameter(0.01, "of all weights, that keep a difference", at_least=0)

@@ -22,7 +22,7 @@ from .encoding import batches, in_order
 from .glue import Task, TaskData, measure
 from .settings import report_progress
 from .subnetworks import subnetworks
-from .training import fit, linear, set_rate_
+from .training import adam, fit, linear, set_rate_
 
 # %% ../nbs/12_tasks.ipynb #83455fc1
 class TaskBatch(NamedTuple):
@@ -245,17 +245,8 @@ def _dev_figures(classifier: Classifier, dev: EncodedTask) -> dict[str, float]:
     return {f"dev {name}": value for name, value in evaluate_task(classifier, dev).items()}
 
 
-def _optimizer(classifier: Classifier, weight_decay: float, clip: float = 1.0) -> AdamW:
-    """AdamW that decays matrices only and clips the gradient before each step."""
+def _optimizer(classifier: Classifier, weight_decay: float) -> AdamW:
+    """Decays matrices only; `before_step` sets the rates."""
     trained = [p for p in classifier.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-
-    def clip_(*_: object) -> None:
-        nn.utils.clip_grad_norm_(trained, clip)
-
-    optimizer = AdamW(groups, fused=True)
-    optimizer.register_step_pre_hook(clip_)
-    return optimizer
+    matrices, others = ([p for p in trained if (p.ndim > 1) == is_one] for is_one in (True, False))
+    return adam((matrices, 0.0, weight_decay), (others, 0.0, 0.0))

@@ -26,8 +26,8 @@ def traces(
     dev: Texts,  # what everything is measured on
     state: str,  # its name, for the rows
     *,
-    probe_epochs: int = 40,
-    probe_rate: float = 1e-4,
+    probe_epochs: int = 40,  # passes of a probe over the training states
+    probe_rate: float = 1e-4,  # step size of a probe
     seed: int = 0,  # of the probes
     strength: float = 1.0,  # of what is on, for the rows
 ) -> list[dict[str, Any]]:  # rows: state, draw, metric, test (task or attribute), value

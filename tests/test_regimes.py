@@ -19,7 +19,6 @@ from pruning_bias.files import weights_sha256
 from pruning_bias.glue import Task
 from pruning_bias.regimes import (
     TaskModel,
-    adam,
     losses_of,
     scores_and_deltas,
     task_states,
@@ -40,6 +39,7 @@ from pruning_bias.task_models import chosen, open_subnetworks, open_task_model
 from pruning_bias.tasks import EncodedTask
 from pruning_bias.trace_parts import trace_parts, write_traces
 from pruning_bias.traces import density_rows, overlap_rows, states_of
+from pruning_bias.training import adam
 
 TASK = Task("kinds", ("text",), "label", ("a", "b", "c"))
 

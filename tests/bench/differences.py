@@ -14,8 +14,9 @@ from pruning_bias.attributes import Attribute
 from pruning_bias.differences import difference_, keep_largest_, learning, penalty, penalty_weights
 from pruning_bias.erasers import Eraser
 from pruning_bias.files import save
-from pruning_bias.regimes import TaskModel, adam, losses_of, scores_and_deltas
+from pruning_bias.regimes import TaskModel, losses_of, scores_and_deltas
 from pruning_bias.tasks import EncodedTask, TaskBatch
+from pruning_bias.training import adam
 
 from .lottery import BATCH, LENGTH, full_length
 from .measuring import Figure, Part, all_cores, median, text
