@@ -1,6 +1,7 @@
 """Our results become the reference that is committed: `python docs/keep.py PROFILE`.
 
-Of a run all stays but weights, masks of single weights, and, after the first seed, its notebook.
+Of a run all stays but weights, masks and differences of single weights, and, after the first seed, its
+notebook.
 """
 
 import json
@@ -34,7 +35,8 @@ def keep(profile: str) -> None:
     shutil.rmtree(theirs, ignore_errors=True)
     for run in runs:
         kind = json.dumps(parameters(run) | {"seed": None})
-        leave = ["model", "weight_masks"] + ["notebook.ipynb"] * (kind in seen)
+        leave = ["model", "weight_masks", *(each.name for each in run.glob("subnetwork*"))]
+        leave += ["notebook.ipynb"] * (kind in seen)
         seen.add(kind)
         shutil.copytree(run, theirs / run.relative_to(ours), ignore=lambda *_, n=leave: n)
     for made in ("tables", "figures", "reports"):

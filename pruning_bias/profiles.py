@@ -10,7 +10,6 @@ __all__ = ['BUILTIN', 'GLUE', 'PROFILES', 'common', 'tests_here', 'text_here', '
 from collections.abc import Callable
 
 from .debias_grid import removals
-
 from .lottery_grid import lottery
 from pruning_bias.movement_grid import (
     LAST,
