@@ -1,7 +1,7 @@
 """Our results become the reference that is committed: `python docs/keep.py PROFILE`.
 
-Of a run all stays but weights, masks and differences of single weights, and, after the first seed, its
-notebook.
+Of a run all stays but weights, masks and differences of single weights, and, after the first seed,
+its notebook.
 """
 
 import json

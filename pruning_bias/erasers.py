@@ -42,7 +42,7 @@ class Eraser(nn.Module):
         """The adversary's loss behind a reversed gradient, or MMD between the groups."""
         groups = self.groups[index.to(self.groups.device)]
         if self.adversary is None:
-            return self.strength * mmd(h, groups, self.n)
+            return self.strength * mmd(h, groups, self.n, unbiased=True)
         return adversary_loss(self.adversary(reverse_gradient(h, self.strength)), groups)
 
 # %% ../nbs/14_erasers.ipynb #58969495

@@ -135,15 +135,16 @@ def mmd(
     kernels: int = 4,  # in the mixture
     multiplier: float = 2.0,  # from one bandwidth to the next
     bandwidth: float | Tensor | None = None,  # sigma_0; None = by the batch
+    unbiased: bool = False,  # no state is compared with itself; may be negative
     published_code: bool = False,  # repeat the rows of both groups; needs C = 2
-) -> Tensor:  # scalar >= 0 but for rounding; 0 where fewer than two groups are present
+) -> Tensor:  # scalar, >= 0 where biased; 0 where fewer than two groups are present
     """Squared maximum mean discrepancy; by default sigma_0 is the batch's mean squared distance."""
     if published_code and n_groups != 2:
         raise ValueError(f"the published code compares two groups, not {n_groups}; merge some")
     with torch.autocast(h.device.type, enabled=False):  # a statistic: never in bfloat16
         h = _exact(h)
         member = _members(groups, n_groups, h.dtype)  # [B, C]
-        present = member.sum(0) > 0
+        present = member.sum(0) > unbiased
         member = _repeated(member) if published_code else member
         # by differences: products of states would lose the small distances to rounding
         distances = torch.cdist(h, h, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -156,7 +157,11 @@ def mmd(
         kernel = sum(torch.exp(-distances / width) for width in widths)
         share = member / member.sum(0).clamp(min=1)
         mean = share.T @ kernel @ share  # [C, C]
-        squared = mean.diagonal()[:, None] + mean.diagonal() - 2 * mean
+        within = mean.diagonal()
+        if unbiased:  # K(x, x) is `kernels` for every x
+            n = member.sum(0)
+            within = (within * n - kernels) / (n - 1).clamp(min=1)
+        squared = within[:, None] + within - 2 * mean
         pairs = (present[:, None] & present).triu(1)
         return (squared * pairs).sum() / pairs.sum().clamp(min=1)
 

@@ -317,3 +317,27 @@ def test_no_erasure_waits_for_the_device_and_all_of_it_is_float32() -> None:
         assert logits.dtype == torch.bfloat16
         assert adversary_loss(logits, groups).dtype == torch.float32
         assert mmd(h.bfloat16(), groups, 3).dtype == torch.float32
+
+
+def test_the_unbiased_mmd_is_nothing_on_average_and_pulls_nothing_together() -> None:
+    """Over draws of one distribution its mean is 0, and so is its push along the states."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(200):
+        h = torch.randn(8, 4, generator=generator, requires_grad=True)
+        for unbiased, rows in found.items():
+            value = mmd(h, torch.arange(8) % 2, 2, bandwidth=8.0, unbiased=unbiased)
+            (gradient,) = torch.autograd.grad(value, h)
+            rows.append((value.item(), (gradient * h).sum().item()))
+    biased, fair = (torch.tensor(found[each]) for each in (False, True))
+    spread = fair.std(0) / len(fair) ** 0.5
+    assert (fair.mean(0).abs() < 4 * spread).all()
+    assert biased.mean(0)[0] > 0.3 and biased.mean(0)[1] > 10 * spread[1]
+
+
+def test_a_group_of_one_has_no_unbiased_likeness() -> None:
+    """Its pairs are left out, and the gradient is 0."""
+    h = torch.randn(5, 4, requires_grad=True)
+    value = mmd(h, torch.tensor([0, 0, 0, 0, 1]), 2, unbiased=True)
+    (gradient,) = torch.autograd.grad(value, h)
+    assert value == 0 and not gradient.any()
