@@ -92,14 +92,12 @@ def subnetworks_paper(settings: Settings) -> list[Run]:
     machine["encoder"] = "bert-base-uncased" if settings.model == "packaged" else settings.model
     texts = {"data": "BIOS", "examples": 0, "max_length": 200, "batch_size": 64}
     texts |= {"learning_rate": 2e-5, "head_rate": 1e-4, "probe_epochs": 40, "probe_rate": 1e-4}
+    rates = {"delta_rate": 2e-5, "fix_rate": 2e-5, "adversary_rate": 1e-4}
     epoch = 257_478 // 64
     return removals(
         *(machine, range(5), texts),
         training={"epochs": 20},
-        differing={
-            **{"learn_steps": 15 * epoch, "fix_steps": 15 * epoch, "delta_rate": 2e-5},
-            **{"fix_rate": 2e-5, "adversary_rate": 1e-4, "density": 0.01},
-        },
+        differing=rates | {"learn_steps": 15 * epoch, "fix_steps": 15 * epoch},
         erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 1.0}},
         attributes=("gender",),
         warm_up=0,
