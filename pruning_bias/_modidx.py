@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'pruning_bias.erasers': { 'pruning_bias.erasers.Eraser': ('erasers.html#eraser', 'pruning_bias/erasers.py'),
                                       'pruning_bias.erasers.Eraser.__init__': ('erasers.html#eraser.__init__', 'pruning_bias/erasers.py'),
                                       'pruning_bias.erasers.Eraser.forward': ('erasers.html#eraser.forward', 'pruning_bias/erasers.py'),
+                                      'pruning_bias.erasers.Eraser.told': ('erasers.html#eraser.told', 'pruning_bias/erasers.py'),
                                       'pruning_bias.erasers.warm_up_': ('erasers.html#warm_up_', 'pruning_bias/erasers.py')},
             'pruning_bias.erasure': { 'pruning_bias.erasure.Adversary': ('erasure.html#adversary', 'pruning_bias/erasure.py'),
                                       'pruning_bias.erasure.Adversary.__init__': ( 'erasure.html#adversary.__init__',

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from .attributes import Attribute
-from .erasure import Adversary, adversary_loss, mmd, reverse_gradient
+from pruning_bias.erasure import (
+    Adversary,
+    adversary_loss,
+    balanced_weights,
+    mmd,
+    reverse_gradient,
+)
 
 # %% ../nbs/14_erasers.ipynb #c15f5aae
 class Eraser(nn.Module):
@@ -26,12 +32,17 @@ class Eraser(nn.Module):
         kind: Literal["adversarial", "mmd"] = "adversarial",
         strength: float = 1.0,  # lambda of the reversal, or the weight of MMD
         seed: int = 0,  # of the adversary
+        balanced: bool = False,  # the adversary's loss weighs groups by the inverse of their size
+        published_code: bool = False,  # in the way of the authors' code, see adversary_loss
     ) -> None:
         super().__init__()
         if kind not in ("adversarial", "mmd"):
             raise ValueError(f"erasure is {kind!r}; expected 'adversarial' or 'mmd'")
-        self.n, self.strength = len(attribute.groups), strength
-        self.register_buffer("groups", torch.from_numpy(attribute.values))
+        self.n, self.strength, self.published = len(attribute.groups), strength, published_code
+        self.share = 1.0  # of the strength, where it rises over a run
+        groups = torch.from_numpy(attribute.values)
+        self.register_buffer("groups", groups)
+        self.register_buffer("weights", balanced_weights(groups, self.n) if balanced else None)
         self.adversary = Adversary(width, self.n, seed=seed) if kind == "adversarial" else None
 
     def forward(
@@ -41,9 +52,18 @@ class Eraser(nn.Module):
     ) -> Tensor:  # scalar
         """The adversary's loss behind a reversed gradient, or MMD between the groups."""
         groups = self.groups[index.to(self.groups.device)]
+        strength = self.share * self.strength
         if self.adversary is None:
-            return self.strength * mmd(h, groups, self.n, unbiased=True)
-        return adversary_loss(self.adversary(reverse_gradient(h, self.strength)), groups)
+            return strength * mmd(h, groups, self.n, unbiased=True)
+        return self.told(reverse_gradient(h, strength), groups)
+
+    def told(
+        self,
+        h: Tensor,  # [B, H]
+        groups: Tensor,  # int64 [B]
+    ) -> Tensor:  # scalar
+        """The adversary's own loss."""
+        return adversary_loss(self.adversary(h), groups, self.weights, self.published)
 
 # %% ../nbs/14_erasers.ipynb #58969495
 def warm_up_(
@@ -64,7 +84,7 @@ def warm_up_(
         eraser.train()
         for _ in range(epochs):
             for batch in torch.randperm(len(states)).to(states.device).split(batch_size):
-                loss = adversary_loss(eraser.adversary(states[batch]), eraser.groups[batch])
+                loss = eraser.told(states[batch], eraser.groups[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -22,6 +22,7 @@ from .changes import Dense
 from .differences import Difference, learning
 from .encoding import batches, in_order
 from .erasers import Eraser
+from .erasure import ramp
 from .settings import report_progress
 from .tasks import EncodedTask, TaskBatch, first_state
 from .training import fit, mean_row
@@ -109,6 +110,7 @@ def train_(
     steps: int,  # optimizer steps
     batch_size: int,  # examples per step
     difference: Difference | None = None,  # what learns; None = whatever the optimizer holds
+    rising: Sequence[Eraser] = (),  # whose strength rises over the run
     seed: int = 0,  # of the order, the dropout and the noise of gates
     every: int = 10,  # steps between rows
     done: int = 0,  # steps of the same run before these, for its progress
@@ -121,6 +123,8 @@ def train_(
 
     def before_step(step: int) -> None:
         report_progress(done + step, total or steps)
+        for eraser in rising:
+            eraser.share = ramp(done + step, total or steps)
         if difference is not None:
             difference.draw_(noise)
 
@@ -158,7 +162,7 @@ def train_parallel_(
 ) -> list[dict[str, float]]:  # rows: step, loss of the core, and of each turn its losses
     """k + 1 steps per batch; the core and every difference have an optimizer of their own."""
     stream = batches(data, np.arange(len(data)), batch_size, torch.Generator().manual_seed(seed))
-    noise, plain = torch.Generator().manual_seed(seed), losses_of(model)
+    noise, plain = torch.Generator(model.encoder.device).manual_seed(seed), losses_of(model)
     rows, waiting = [], []
     with torch.random.fork_rng(), first_piece_only(model.encoder):
         torch.manual_seed(seed)

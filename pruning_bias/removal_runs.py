@@ -49,6 +49,7 @@ class Erasing(Run):
     )
     strength: float = parameter(1.0, "lambda of the erasure", at_least=0)
     adversary_rate: float = parameter(1e-3, "step size of the adversary", at_least=0)
+    balanced: bool = parameter(False, "groups count alike in the adversary's loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class SubnetworkPost(Differing):
     """A difference for one attribute, of a model that is done; `encoder` is a FinetuneBiased."""
 
     attribute: str = parameter("gender", "the attribute that is removed")
+    ramp: bool = parameter(False, "the strength rises over the run, as in Ganin et al. 2016")
     warm_up: int = parameter(2, "passes of the adversary over the core's states before", at_least=0)
     batch_size: int = parameter(16, "examples per step", at_least=1)
     probe_epochs: int = parameter(2, "passes of a probe over the states", at_least=1)
