@@ -13,6 +13,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .cells import markup
+from .charts import panels
+from .report_parts import Part
+from .reports import places_of, write_parts
+from .results import load_results
 from pruning_bias.state_tables import (
     comparison_table,
     core_of,
@@ -20,12 +26,6 @@ from pruning_bias.state_tables import (
     states,
     tell_states,
 )
-
-from .cells import markup
-from .charts import panels
-from .report_parts import Part
-from .reports import places_of, write_parts
-from .results import load_results
 from .trace_charts import draw_densities
 
 # %% ../nbs/17_trace_parts.ipynb #4c8a7054
