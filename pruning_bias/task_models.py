@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .attributes import Attribute, read_annotated
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .anatomy import load_encoder
+from .attributes import Attribute, read_annotated
 from .differences import Difference
 from .files import load
 from .regimes import TaskModel
