@@ -22,7 +22,7 @@ from pruning_bias.removal_runs import (
 def removals(
     machine: dict[str, Any],  # encoder, device, precision, threads
     seeds: Iterable[int],
-    texts: dict[str, Any],  # fields of Texts
+    texts: dict[str, Any],  # fields of TextRun
     training: dict[str, Any],  # fields of FinetuneBiased besides
     differing: dict[str, Any],  # fields of Differing
     erasing: dict[str, dict[str, Any]],  # erasure -> strength and other fields of Erasing
