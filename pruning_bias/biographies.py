@@ -114,7 +114,7 @@ attorney: questioned witnesses before the judge | persuaded the jury to acquit a
 
 # %% ../nbs/12_biographies.ipynb #4e499d3f
 def _first(dev: bool) -> tuple[str, ...]:
-    "First names as triples, every fourth for dev."
+    """First names as triples, every fourth for dev."""
     return tuple(f"{pair}/" for i, pair in enumerate(NAMES["first"]) if (i % 4 == 0) == dev)
 
 
@@ -176,7 +176,7 @@ life: {he} left school {school}. | {he} settled near {his} {kin}. | {he} would l
 
 
 def _rules(split: str, occupation: str) -> Rules:
-    "The grammar of one occupation; cues are triples still."
+    """The grammar of one occupation; cues are triples still."""
     i, dev = OCCUPATIONS.index(occupation), split == "dev"
     pair = _PAIRS[i // 2]
     return (
@@ -200,7 +200,7 @@ _DRAWS = 64  # random numbers set aside for one text; none needs more
 
 
 def _write(rules: Rules, said: dict[str, int], leakage: float, draws: Iterator[float]) -> str:
-    "One text; `said` has of each cue the place of the person's group in its triples."
+    """One text; `said` has of each cue the place of the person's group in its triples."""
 
     def expand(slot: re.Match[str]) -> str:
         name = slot[1]
@@ -220,7 +220,7 @@ def examples(
     correlation: float = 0.6,  # in [0, 1], of each attribute with the occupation; 0 = independent
     leakage: float = 1.0,  # in [0, 1], probability of a cue wherever there can be one
 ) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:  # texts, places in OCCUPATIONS, in GROUPS
-    "Lives in which P(attribute = the occupation's stereotype) is (1 + correlation) / 2."
+    """Lives in which P(attribute = the occupation's stereotype) is (1 + correlation) / 2."""
     if split not in ("train", "dev") or n < 1:
         raise ValueError(f"{n} biographies of {split!r}; expected at least 1, of train or dev")
     for name, value in {"correlation": correlation, "leakage": leakage}.items():

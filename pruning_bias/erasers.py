@@ -19,6 +19,7 @@ from pruning_bias.erasure import (
     balanced_weights,
     mmd,
     reverse_gradient,
+    teach_,
 )
 
 # %% ../nbs/14_erasers.ipynb #c15f5aae
@@ -55,15 +56,8 @@ class Eraser(nn.Module):
         strength = self.share * self.strength
         if self.adversary is None:
             return strength * mmd(h, groups, self.n, unbiased=True)
-        return self.told(reverse_gradient(h, strength), groups)
-
-    def told(
-        self,
-        h: Tensor,  # [B, H]
-        groups: Tensor,  # int64 [B]
-    ) -> Tensor:  # scalar
-        """The adversary's own loss."""
-        return adversary_loss(self.adversary(h), groups, self.weights, self.published)
+        logits = self.adversary(reverse_gradient(h, strength))
+        return adversary_loss(logits, groups, self.weights, self.published)
 
 # %% ../nbs/14_erasers.ipynb #58969495
 def warm_up_(
@@ -81,10 +75,6 @@ def warm_up_(
     optimizer = AdamW(eraser.adversary.parameters(), learning_rate, fused=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        eraser.train()
         for _ in range(epochs):
-            for batch in torch.randperm(len(states)).to(states.device).split(batch_size):
-                loss = eraser.told(states[batch], eraser.groups[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            how = eraser.weights, eraser.published
+            teach_(eraser.adversary, optimizer, states, eraser.groups, *how, batch_size=batch_size)

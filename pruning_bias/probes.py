@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.optim import AdamW
 
-from .erasure import Adversary, adversary_loss, balanced_weights, vote
+from .erasure import Adversary, adversary_loss, balanced_weights, teach_, vote
 
 # %% ../nbs/13_probes.ipynb #7055b72d
 class Probed(NamedTuple):
@@ -103,13 +103,8 @@ def train_probe(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            adversary.train()
-            for batch in torch.randperm(len(y)).to(device).split(batch_size):
-                logits = adversary(states[batch])
-                loss = adversary_loss(logits, y[batch], weights, published_code)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            how = weights, published_code
+            teach_(adversary, optimizer, states, y, *how, batch_size=batch_size)
             logits = _logits(adversary.eval(), validation, epoch)
             if published_code:
                 score = -adversary_loss(logits, answers, weights, True).item()

@@ -63,9 +63,13 @@ def states(
     return pd.concat([found, gives.assign(metric="gives")], ignore_index=True)
 
 
-def core_of(found: pd.DataFrame) -> pd.DataFrame:
-    """The fine-tuned model, which is the core of every post-hoc state."""
-    return found[(found["regime"] == "fine-tuned") & (found["state"] == "core")]
+def core_of(
+    found: pd.DataFrame,  # from states
+    regime: str = "post",
+) -> pd.DataFrame:
+    """A regime's model with nothing on; of post-hoc ones it is the fine-tuned model."""
+    own = "fine-tuned" if regime.startswith("post") else regime
+    return found[(found["regime"] == own) & (found["state"] == "core")]
 
 # %% ../nbs/17_state_tables.ipynb #e33e420d
 def comparison_table(
@@ -114,19 +118,18 @@ def tell_states(
     found: pd.DataFrame,  # from states
 ) -> list[str]:
     """How far each subnetwork brings its attribute to chance, and what else moves."""
-    told = []
-    core = core_of(found).set_index(["data", "seed", "metric", "test"])["value"]
+    told, places = [], ["data", "seed", "metric", "test"]
     single = found[found["state"].str.count(r"\+") == 1]
     for (data, regime, state), one in single.groupby(_KEYS[:3], sort=False):
-        own = core if regime.startswith("post") else _own_core(found, regime)
-        attribute, now = state[1:], one.set_index(["data", "seed", "metric", "test"])["value"]
+        own, now = (e.set_index(places)["value"] for e in (core_of(found, regime), one))
+        attribute = state[1:]
         seeds = [s for s in one["seed"].unique() if (data, s, "gives", attribute) in own]
         if not seeds:
             continue
 
         def moved(metric: str, test: str) -> np.ndarray:
-            places = [(data, seed, metric, test) for seed in seeds]  # noqa: B023
-            return np.array([now[place] - own[place] for place in places])  # noqa: B023
+            each = [(data, seed, metric, test) for seed in seeds]  # noqa: B023
+            return np.array([now[place] - own[place] for place in each])  # noqa: B023
 
         before = np.array([own[data, seed, "gives", attribute] for seed in seeds])
         ways = moved("gives", attribute) / (now[data, seeds[0], "chance", attribute] - before)
@@ -141,8 +144,3 @@ def tell_states(
             + "."
         )
     return told
-
-
-def _own_core(found: pd.DataFrame, regime: str) -> pd.Series:
-    rows = found[(found["regime"] == regime) & (found["state"] == "core")]
-    return rows.set_index(["data", "seed", "metric", "test"])["value"]

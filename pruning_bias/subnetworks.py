@@ -15,35 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .differences import Difference
+from .differences import Switch
 from .edits import GatedLinear, Masked, plain
 from .gates import Gate
 from .plans import Plan
 
 # %% ../nbs/04_subnetworks.ipynb #0d8e69eb
-class Subnetwork(nn.Module):
+class Subnetwork(Switch):
     """Named gates on one model, switched on and off together."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan, in_weights: bool = False) -> None:
-        super().__init__()
+        super().__init__(model)
         self.gates = nn.ModuleDict()
         self.plan, self.in_weights = plan, in_weights
         self.on, self.scale = True, 1.0  # scale: 0 dense, 1 as found, between: that strength
-        self._host = (model,)  # a tuple, so that the model is not a submodule
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model that the gates are attached to."""
-        return self._host[0]
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The model without this subnetwork, for the length of a `with`."""
-        was, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = was
 
     @torch.no_grad()
     def keep(self) -> dict[str, Tensor]:
@@ -146,7 +131,7 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
     return linear
 
 # %% ../nbs/04_subnetworks.ipynb #9e88b212
-def subnetworks(model: PreTrainedModel) -> list[Subnetwork | Difference]:
+def subnetworks(model: PreTrainedModel) -> list[Switch]:
     """Every subnetwork of a model, masks and differences, each kind in the order of attaching."""
     owners = (e.owner for m in model.modules() if isinstance(m, GatedLinear) for e in m.edits)
     return [*dict.fromkeys(owners), *getattr(model, "differences", ())]
@@ -154,7 +139,7 @@ def subnetworks(model: PreTrainedModel) -> list[Subnetwork | Difference]:
 
 @contextmanager
 def active(
-    *wanted: Subnetwork | Difference,  # of one model
+    *wanted: Switch,  # of one model
 ) -> Iterator[None]:
     """Exactly these subnetworks are on, in any combination, for the length of a `with`."""
     if not wanted:
@@ -174,9 +159,7 @@ def dense(
 
 
 @contextmanager
-def _switched(
-    known: list[Subnetwork | Difference], wanted: tuple[Subnetwork | Difference, ...]
-) -> Iterator[None]:
+def _switched(known: list[Switch], wanted: tuple[Switch, ...]) -> Iterator[None]:
     before = [(s, s.on) for s in known]
     try:
         for s in known:

@@ -54,7 +54,8 @@ def chosen(
 ) -> dict[str, Attribute]:
     """Some attributes by name; ValueError for one that the texts have not."""
     wanted = list(attributes) if names == "all" else names.split()
-    if unknown := [name for name in wanted if name not in attributes] or not wanted:
+    unknown = [name for name in wanted if name not in attributes]
+    if unknown or not wanted:
         raise ValueError(f"no attribute {unknown}; these texts have {', '.join(attributes)}")
     return {name: attributes[name] for name in wanted}
 

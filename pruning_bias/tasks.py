@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TaskBatch', 'EncodedTask', 'encode_task', 'first_state', 'Classifier', 'predict', 'stop_score', 'evaluate_task',
-           'fine_tune']
+           'fine_tune', 'at_the_end']
 
 # %% ../nbs/12_tasks.ipynb #e776cb6a
 from collections.abc import Mapping
@@ -239,6 +239,13 @@ def fine_tune(
         classifier.eval()
     measured.append(_dev_figures(classifier, dev))
     return [row | found for row, found in zip(rows, measured, strict=True)]
+
+
+def at_the_end(
+    history: list[dict[str, float]],  # from fine_tune
+) -> dict[str, float]:
+    """What `evaluate_task` found on dev after the last epoch."""
+    return {name[4:]: value for name, value in history[-1].items() if name.startswith("dev ")}
 
 
 def _dev_figures(classifier: Classifier, dev: EncodedTask) -> dict[str, float]:

@@ -7,7 +7,6 @@ __all__ = ['Kept', 'SIZES', 'OUTCOMES', 'PATTERNS', 'STABILITY', 'good_tickets',
            'stability_table', 'overlap_figure', 'pattern_figures', 'lottery_parts', 'write_lottery']
 
 # %% ../nbs/17_ticket_parts.ipynb #06db50c6
-import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .agreement import across_seeds, against_chance, task_overlap
-from .cells import markup, number
+from .cells import number
 from .charts import panels
 from .lottery_audit import lottery_audit
 from .lottery_published import slips
@@ -32,7 +31,7 @@ from pruning_bias.outcomes import (
     tell_outcomes,
 )
 from .report_parts import Part
-from .reports import places_of, write_parts
+from .reports import told, write_parts
 from .results import load_results
 from .shares import published_shares, share_figure
 
@@ -239,7 +238,4 @@ def write_lottery(
     if not report:
         return f"There are no finished runs in {root}."
     write_parts(report, out, {"outcomes": outcomes(frame)})
-    shown = report["outcomes"]
-    lines = [textwrap.fill(line, 120, subsequent_indent="  ") for line in shown.words]
-    table = markup(next(iter(shown.tables.values())), "simple")
-    return "\n\n".join([textwrap.fill(OUTCOMES, 120), table, *lines, places_of(root, out)])
+    return told(report["outcomes"], root, out)

@@ -6,7 +6,6 @@
 __all__ = ['NOTE', 'PUBLISHED', 'trade_figure', 'selectivity_figure', 'trace_parts', 'density_figures', 'write_traces']
 
 # %% ../nbs/17_trace_parts.ipynb #61d14597
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cells import markup
 from .charts import panels
 from .report_parts import Part
-from .reports import places_of, write_parts
+from .reports import told, write_parts
 from .results import load_results
 from pruning_bias.state_tables import (
     comparison_table,
@@ -151,7 +149,4 @@ def write_traces(
     if not report:
         return f"There are no finished runs in {root}."
     write_parts(report, out, {"states": states(frame)})
-    shown = report["states"]
-    lines = [textwrap.fill(line, 120, subsequent_indent="  ") for line in shown.words]
-    table = markup(next(iter(shown.tables.values())), "simple")
-    return "\n\n".join([textwrap.fill(NOTE, 120), table, *lines, places_of(root, out)])
+    return told(report["states"], root, out)

@@ -13,7 +13,13 @@ from torch import Tensor
 from pruning_bias.attributes import Attribute
 from pruning_bias.changes import Dense, Entries
 from pruning_bias.debias_grid import removals
-from pruning_bias.differences import Difference, difference_, keep_largest_, penalty
+from pruning_bias.differences import (
+    Difference,
+    difference_,
+    keep_largest_,
+    penalty,
+    penalty_weights,
+)
 from pruning_bias.erasers import Eraser, warm_up_
 from pruning_bias.files import weights_sha256
 from pruning_bias.glue import Task
@@ -65,8 +71,8 @@ def post(
 ) -> tuple[Difference, list[dict[str, float]]]:
     """Three steps of learning a difference."""
     difference = difference_(model.encoder, **how)
-    eraser = Eraser(side, 12, kind)
-    losses = losses_of(model, [eraser], lambda: penalty(difference, [1e-4] * 3))
+    eraser, weights = Eraser(side, 12, kind), penalty_weights(1e-4, "", model.encoder)
+    losses = losses_of(model, [eraser], lambda: penalty(difference, weights))
     scores, deltas = scores_and_deltas(difference)
     optimizer = adam((deltas, 1e-2, 0.0), (scores, 0.1, 0.0), (eraser.parameters(), 1e-3, 0.0))
     return difference, train_(

@@ -2,12 +2,10 @@
 
 import tempfile
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from pruning_bias.anatomy import load_encoder
 from pruning_bias.attributes import Attribute
@@ -19,7 +17,7 @@ from pruning_bias.tasks import EncodedTask, TaskBatch
 from pruning_bias.training import adam
 
 from .lottery import BATCH, LENGTH, full_length
-from .measuring import Figure, Part, all_cores, median, text
+from .measuring import Figure, Part, all_cores, held, median, text
 
 DENSITY = 0.01
 Step = Callable[[], None]
@@ -83,12 +81,8 @@ def forward(model: TaskModel, batch: TaskBatch) -> Step:
 def memory(step: Step, model: TaskModel) -> float:  # MiB
     """The model's weights, and the most that a step holds at once beyond what was there."""
     step()  # what lasts from step to step is there now, and is counted by `lasting`
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
     weights = sum(w.numel() * w.element_size() for w in model.parameters())
-    return (weights + max(accumulate(event.nbytes() for event in events))) / 2**20
+    return weights / 2**20 + held(step)
 
 
 def lasting(model: TaskModel) -> float:  # MiB

@@ -3,11 +3,10 @@
 import resource
 import time
 from collections.abc import Iterator
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from pruning_bias import synthetic
 from pruning_bias.anatomy import load_encoder
@@ -16,7 +15,7 @@ from pruning_bias.encoding import Batch, encode
 from pruning_bias.settings import data_folder, find_data
 from pruning_bias.texts import choose_lexicon
 
-from .measuring import Figure, Pair, Part, all_cores, median, text
+from .measuring import Figure, Pair, Part, all_cores, held, median, text
 from .steps import BATCH, our_step, published_step, value_heads
 
 SIZES, LENGTHS, BATCHES = (256, 1024, 4096), (16, 32, 64, 128), (8, 16, 32)
@@ -81,7 +80,7 @@ def measure_growth(part: Part) -> None:
             own = pair if name == "ours" else given.padded(pair)
             if name == "ours":
                 way(own)  # the teacher's states are kept, and no part of the step
-            memory[name][size] = _memory(way, own)
+            memory[name][size] = held(lambda: way(own))  # noqa: B023
     part.numbers = {"text": given.name, "corpus": corpus, "ms_by_length": lengths,
                     "step_mib_by_batch": memory}  # fmt: skip
     part.figures = _lines(corpus, lengths, memory, threads)
@@ -100,15 +99,6 @@ def drawn(length: int) -> Pair:
         Batch(torch.randint(1000, 30000, shape, generator=generator), torch.ones(shape).long(),
               torch.ones(shape), index - i * BATCH) for i in (0, 1)
     )  # fmt: skip
-
-
-def _memory(way, pair: Pair) -> float:  # MiB
-    """The most that a step holds at once beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        way(pair)
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def _lines(corpus: dict, lengths: dict, memory: dict, threads: int) -> list[Figure]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from pruning_bias.anatomy import Encoder, load_encoder
 from pruning_bias.debias import prototypes
@@ -62,6 +63,17 @@ def median(
         way()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def held(
+    way: Callable[[], Any],
+) -> float:  # MiB
+    """The most that a call holds at once beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        way()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def product_rate(
