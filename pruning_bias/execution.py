@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .environment import environment
+from .environment import ALLOCATION, environment
 from .notebooks import check_notebook, first_line, read_notebook
 from .parameters import Run, digest_of, parameters
 from .settings import file_sha256, load_settings, project_root, write_atomic
@@ -159,14 +159,18 @@ def _kernel(private: str, folder: Path, threads: str) -> type:
 
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = KernelSpec(argv=command, display_name="Python 3", language="python")
-    environment = os.environ | {
-        "PRUNING_BIAS_RUN_FOLDER": str(folder),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONHASHSEED": "0",
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # a notebook keeps no progress bars
-        "IPYTHONDIR": private,  # nobody's startup files
-    }
+    environment = (
+        ALLOCATION
+        | os.environ
+        | {
+            "PRUNING_BIAS_RUN_FOLDER": str(folder),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "PYTHONHASHSEED": "0",
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # a notebook keeps no progress bars
+            "IPYTHONDIR": private,  # nobody's startup files
+        }
+    )
 
     class Kernel(AsyncKernelManager):
         kernel_spec = spec

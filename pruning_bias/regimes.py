@@ -76,7 +76,7 @@ def losses_of(
     erasers: Sequence[Eraser] = (),
     l0: Callable[[], Tensor] | None = None,  # the penalty of a difference
 ) -> Losses:
-    """task + erasure + l0, with the three apart."""
+    """task + removal + l0, with the three apart."""
     device = model.encoder.device
 
     def losses(batch: TaskBatch) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def losses_of(
         h, zero = model.state(batch), torch.zeros((), device=device)
         parts = {
             "task": F.cross_entropy(model.head(h).float(), batch.labels),
-            "erasure": sum((eraser(h, batch.index) for eraser in erasers), zero),
+            "removal": sum((eraser(h, batch.index) for eraser in erasers), zero),
             "l0": zero + (l0() if l0 else 0),
         }
         return {"loss": sum(parts.values()), **parts}
@@ -116,7 +116,7 @@ def train_(
     done: int = 0,  # steps of the same run before these, for its progress
     total: int = 0,  # steps of the run; 0 = these
     autocast: torch.dtype | None = None,  # bfloat16 where it pays; None is float32
-) -> list[dict[str, float]]:  # rows: step, loss, task, erasure, l0
+) -> list[dict[str, float]]:  # rows: step, loss, task, removal, l0
     """Train whatever the optimizer holds; the same seed gives the same bytes."""
     stream = batches(data, np.arange(len(data)), batch_size, torch.Generator().manual_seed(seed))
     noise = torch.Generator(model.encoder.device).manual_seed(seed)

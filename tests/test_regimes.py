@@ -92,7 +92,7 @@ def test_post_leaves_the_core_as_it_is_and_moves_what_is_on(kind: str) -> None:
     )
     assert not any(p.requires_grad for p in model.parameters())
     assert all(
-        row["loss"] == pytest.approx(row["task"] + row["erasure"] + row["l0"]) for row in rows
+        row["loss"] == pytest.approx(row["task"] + row["removal"] + row["l0"]) for row in rows
     )
     keep_largest_(difference, 0.1)
     with active(difference):
@@ -182,7 +182,7 @@ def test_parallel_trains_the_core_on_the_task_alone(absolute: bool) -> None:
             each, data, core, turns, steps=3, batch_size=6, absolute=absolute, every=1
         )
         other.append(dict(each.encoder.named_parameters()))
-        assert len(rows) == 3 and ("erasure 1" in rows[0]) == bool(turns)
+        assert len(rows) == 3 and ("removal 1" in rows[0]) == bool(turns)
     for name, weight in other[0].items():
         assert torch.equal(weight, other[1][name])
     moved = 0
