@@ -798,6 +798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'pruning_bias.regimes.scores_and_deltas': ( 'regimes.html#scores_and_deltas',
                                                                                   'pruning_bias/regimes.py'),
                                       'pruning_bias.regimes.task_states': ('regimes.html#task_states', 'pruning_bias/regimes.py'),
+                                      'pruning_bias.regimes.teach_head_': ('regimes.html#teach_head_', 'pruning_bias/regimes.py'),
                                       'pruning_bias.regimes.train_': ('regimes.html#train_', 'pruning_bias/regimes.py'),
                                       'pruning_bias.regimes.train_parallel_': ('regimes.html#train_parallel_', 'pruning_bias/regimes.py')},
             'pruning_bias.removal_runs': { 'pruning_bias.removal_runs.Combine': ( 'removal_runs.html#combine',

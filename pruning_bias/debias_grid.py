@@ -7,6 +7,7 @@ __all__ = ['removals']
 
 # %% ../nbs/20_debias_grid.ipynb #807eccd6
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from .parameters import Run, left_by
@@ -30,6 +31,7 @@ def removals(
     warm_up: int = 20,  # passes of an adversary before
     strengths: str = "",  # of Combine
     baselines: bool = False,  # all weights erased, and parallel, as well
+    control: bool = False,  # the same steps with the task alone, for the first attribute
 ) -> list[Run]:
     """The paper's comparison on one set of texts."""
     probing = {name: texts[name] for name in ("probe_epochs", "probe_rate")}
@@ -58,4 +60,6 @@ def removals(
                 erased = {"erasure": erasure} | how
                 runs.append(FinetuneErased(**shared | training | erased))
                 runs.append(SubnetworkParallel(**shared | given))
+        if control:
+            runs.append(replace(posts[0], strength=0.0))
     return runs

@@ -73,8 +73,11 @@ def warm_up_(
         return
     states = states.to(eraser.groups.device)
     optimizer = AdamW(eraser.adversary.parameters(), learning_rate, fused=True)
+
+    def loss(logits: Tensor, places: Tensor) -> Tensor:
+        return adversary_loss(logits, eraser.groups[places], eraser.weights, eraser.published)
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(epochs):
-            how = eraser.weights, eraser.published
-            teach_(eraser.adversary, optimizer, states, eraser.groups, *how, batch_size=batch_size)
+            teach_(eraser.adversary, optimizer, states, loss, batch_size)

@@ -7,6 +7,7 @@ __all__ = ['reverse_gradient', 'ramp', 'Adversary', 'balanced_weights', 'adversa
 
 # %% ../nbs/10_erasure.ipynb #89c3f563
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -111,19 +112,17 @@ def adversary_loss(
 
 
 def teach_(
-    adversary: Adversary,
+    reader: nn.Module,  # an adversary, or a head
     optimizer: Optimizer,  # of its parameters
     states: Tensor,  # [N, H]
-    groups: Tensor,  # int [N]
-    *how: Any,  # weights and published_code, as in `adversary_loss`
+    loss: Callable[[Tensor, Tensor], Tensor],  # of what it says and the places in `states`
     batch_size: int = 64,  # states per step
 ) -> None:
     """One pass over frozen states, in an order of torch's global generator."""
-    adversary.train()
+    reader.train()
     for batch in torch.randperm(len(states)).to(states.device).split(batch_size):
-        loss = adversary_loss(adversary(states[batch]), groups[batch], *how)
         optimizer.zero_grad()
-        loss.backward()
+        loss(reader(states[batch]), batch).backward()
         optimizer.step()
 
 

@@ -100,11 +100,14 @@ def train_probe(
     weights = balanced_weights(y, n_groups) if balanced else None
     adversary = Adversary(states.shape[1], n_groups, heads, seed=seed).to(device)
     optimizer = AdamW(adversary.parameters(), learning_rate, fused=True)
+
+    def loss(logits: Tensor, places: Tensor) -> Tensor:
+        return adversary_loss(logits, y[places], weights, published_code)
+
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            how = weights, published_code
-            teach_(adversary, optimizer, states, y, *how, batch_size=batch_size)
+            teach_(adversary, optimizer, states, loss, batch_size)
             logits = _logits(adversary.eval(), validation, epoch)
             if published_code:
                 score = -adversary_loss(logits, answers, weights, True).item()

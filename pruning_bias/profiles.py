@@ -50,39 +50,42 @@ def text_here() -> dict[str, str]:
     return BUILTIN
 
 # %% ../nbs/20_profiles.ipynb #744cc611
-_QUICK = {"learn_steps": 20, "fix_steps": 90, "delta_rate": 5e-5, "fix_rate": 5e-4}
+_QUICK = {"learn_steps": 20, "fix_steps": 70, "delta_rate": 5e-5, "fix_rate": 5e-4}
 _QUICK |= {"adversary_rate": 3e-3}
 
 
 def subnetworks_demo(settings: Settings) -> list[Run]:
     """Gender and age leave a model of built-in biographies, post-hoc; chance is the floor."""
     texts = {"examples": 640, "correlation": 0.0, "max_length": 48, "batch_size": 8}
-    texts |= {"learning_rate": 5e-6, "head_rate": 5e-3, "probe_epochs": 15, "probe_rate": 1e-3}
+    texts |= {"learning_rate": 2e-6, "head_rate": 1e-3, "head_epochs": 200}
+    texts |= {"probe_epochs": 15, "probe_rate": 1e-3}
     return removals(
         *(common(settings), settings.seeds, texts),
         training={"epochs": 1},
         differing=_QUICK,
         erasing={"adversarial": {"strength": 1.0}},
         attributes=("gender", "age"),
+        control=True,
     )
 
 
 def subnetworks_small(settings: Settings) -> list[Run]:
     """Real texts: occupations of a few hundred people, and the Equity Evaluation Corpus."""
-    texts = {"max_length": 96, "batch_size": 16, "learning_rate": 1e-5, "head_rate": 5e-3}
-    texts |= {"probe_epochs": 15, "probe_rate": 1e-3}
-    sets = {("wiki_bios", 0, 4): ("gender",), ("EEC", 640, 1): ("gender", "race")}
+    texts = {"max_length": 96, "batch_size": 8, "learning_rate": 1e-5, "head_rate": 1e-3}
+    texts |= {"head_epochs": 200, "probe_epochs": 15, "probe_rate": 1e-3}
+    sets = {("wiki_bios", 0): ("gender",), ("EEC", 640): ("gender", "race")}
     return [
         run
-        for (name, examples, epochs), attributes in sets.items()
+        for (name, examples), attributes in sets.items()
         for run in removals(
             *(common(settings), settings.seeds[:2]),
             texts | {"data": name, "examples": examples},
-            training={"epochs": epochs},
+            training={"epochs": 1},
             differing=_QUICK,
             erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 1.0}},
             attributes=attributes,
             baselines=True,
+            control=True,
         )
     ]
 

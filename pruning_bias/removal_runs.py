@@ -28,6 +28,7 @@ class TextRun(Run):
     batch_size: int = parameter(16, "examples per step", at_least=1)
     learning_rate: float = parameter(5e-4, "step size of the encoder's weights", at_least=0)
     head_rate: float = parameter(1e-3, "step size of the task's head", at_least=0)
+    head_epochs: int = parameter(0, "passes of the head alone, before", at_least=0)
     probe_epochs: int = parameter(2, "passes of a probe over the states", at_least=1)
     probe_rate: float = parameter(1e-3, "step size of a probe; the paper's is 0.0001", at_least=0)
 

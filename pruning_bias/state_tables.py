@@ -30,6 +30,8 @@ def _regime(run: dict[str, Any], erasures: dict[str, str]) -> str:
     name = REGIMES[run["experiment"]]
     if run["experiment"] == "FinetuneBiased":
         return name
+    if run["experiment"] == "SubnetworkPost" and run.get("strength") == 0:
+        return f"{name}, task alone"  # the control: the same steps, no erasure
     sources = str(run.get("sources", "")).split() if run["experiment"] == "Combine" else []
     erasure = erasures.get(sources[0], "") if sources else run["erasure"]
     own = (
@@ -60,7 +62,10 @@ def states(
     found = whole.groupby([*_KEYS, "metric", "test"], sort=False, as_index=False)["value"].mean()
     probes = found[found["metric"].isin(["probe", "linear probe"])]
     gives = probes.groupby([*_KEYS, "test"], sort=False, as_index=False)["value"].max()
-    return pd.concat([found, gives.assign(metric="gives")], ignore_index=True)
+    both = pd.concat([found, gives.assign(metric="gives")])
+    both["on"] = both["state"].str.count(r"\+")  # the core first, what is on together last
+    order = ["data", "regime", "on", "state"]
+    return both.sort_values(order, kind="stable", ignore_index=True).drop(columns="on")
 
 
 def core_of(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import finished_in_process, small_encoder
 from torch import Tensor
+from torch.nn import functional as F
 
 from pruning_bias.attributes import Attribute
 from pruning_bias.changes import Dense, Entries
@@ -28,6 +29,7 @@ from pruning_bias.regimes import (
     losses_of,
     scores_and_deltas,
     task_states,
+    teach_head_,
     train_,
     train_parallel_,
 )
@@ -229,6 +231,18 @@ def test_an_overlap_is_counted_by_hand() -> None:
     assert found["times chance"] == pytest.approx(2 / (4 * 4 / 12))
 
 
+def test_a_head_that_learns_alone_leaves_the_encoder() -> None:
+    """To the bit, and the task's loss falls."""
+    model, pieces, _ = biased()
+    model.requires_grad_(True)
+    before = weights_sha256(model.encoder)
+    labels = torch.from_numpy(pieces.labels)
+    first = F.cross_entropy(task_states(model, pieces)[1], labels)
+    teach_head_(model, pieces, 50)
+    assert weights_sha256(model.encoder) == before
+    assert F.cross_entropy(task_states(model, pieces)[1], labels) < first - 0.01
+
+
 def test_attributes_are_chosen_by_name() -> None:
     """An unknown one is refused with those that there are."""
     _, side = texts()
@@ -252,6 +266,7 @@ def small_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gender", "age"),
         warm_up=1,
         baselines=True,
+        control=True,
     )
     for run in runs:
         finished_in_process(run, root)
@@ -272,10 +287,11 @@ def test_the_experiments_leave_what_the_report_reads(small_grid: Path, tmp_path:
     } <= regimes
     assert {("parallel, mmd", "core"), ("parallel, mmd", "+gender+age")} <= regimes
     assert ("post, mmd", "core") not in regimes
+    assert ("post, task alone", "+gender") in regimes
     table = comparison_table(found)
     assert set(table["n"]) == {"2"} and {"gender", "gap age", "DTO age"} <= {*table.columns}
     told = tell_states(found)
-    assert len(told) == 4 and all("of the way from the core to chance" in line for line in told)
+    assert len(told) == 5 and all("of the way from the core to chance" in line for line in told)
     report = trace_parts(frame)
     assert {"states", "trade", "selectivity", "files", "density", "published"} == {*report}
     text = write_traces(small_grid, tmp_path)

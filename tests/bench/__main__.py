@@ -1,11 +1,13 @@
 """Measure all parts, or those named; write their figures and one table of all there are."""
 
 import json
+import os
 import sys
 from functools import partial
 
 from tabulate import tabulate
 
+from pruning_bias.environment import ALLOCATION
 from pruning_bias.settings import write_atomic
 
 from .differences import measure_differences
