@@ -50,13 +50,13 @@ def text_here() -> dict[str, str]:
     return BUILTIN
 
 # %% ../nbs/20_profiles.ipynb #744cc611
-_QUICK = {"learn_steps": 20, "fix_steps": 70, "delta_rate": 5e-5, "fix_rate": 5e-4}
+_QUICK = {"learn_steps": 16, "fix_steps": 70, "delta_rate": 5e-5, "fix_rate": 5e-4}
 _QUICK |= {"adversary_rate": 3e-3}
 
 
 def subnetworks_demo(settings: Settings) -> list[Run]:
     """Gender and age leave a model of built-in biographies, post-hoc; chance is the floor."""
-    texts = {"examples": 640, "correlation": 0.0, "max_length": 48, "batch_size": 8}
+    texts = {"examples": 480, "correlation": 0.0, "max_length": 48, "batch_size": 8}
     texts |= {"learning_rate": 2e-6, "head_rate": 1e-3, "head_epochs": 200}
     texts |= {"probe_epochs": 15, "probe_rate": 1e-3}
     return removals(
