@@ -50,7 +50,7 @@ def text_here() -> dict[str, str]:
     return BUILTIN
 
 # %% ../nbs/20_profiles.ipynb #744cc611
-_QUICK = {"learn_steps": 16, "fix_steps": 70, "delta_rate": 5e-5, "fix_rate": 5e-4}
+_QUICK = {"learn_steps": 12, "fix_steps": 80, "delta_rate": 5e-5, "fix_rate": 7e-4}
 _QUICK |= {"adversary_rate": 3e-3}
 
 

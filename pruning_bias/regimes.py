@@ -17,7 +17,6 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .anatomy import first_piece_only
 from .changes import Dense
 from .differences import Difference, learning
 from .encoding import batches, in_order
@@ -60,9 +59,8 @@ def task_states(
     was, device = model.training, model.encoder.device
     model.eval()
     states = torch.empty(len(data), model.encoder.config.hidden_size, device=device)
-    with first_piece_only(model.encoder):
-        for batch in in_order(data, np.arange(len(data)), size):
-            states[batch.index.to(device)] = model.state(batch.to(device)).float()
+    for batch in in_order(data, np.arange(len(data)), size):
+        states[batch.index.to(device)] = model.state(batch.to(device)).float()
     logits = model.head(states)
     model.train(was)
     return states.cpu(), logits.cpu()
@@ -147,7 +145,7 @@ def train_(
         if difference is not None:
             difference.draw_(noise)
 
-    with torch.random.fork_rng(), first_piece_only(model.encoder):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
         with learning(difference) if difference is not None else nullcontext():
@@ -183,7 +181,7 @@ def train_parallel_(
     stream = batches(data, np.arange(len(data)), batch_size, torch.Generator().manual_seed(seed))
     noise, plain = torch.Generator(model.encoder.device).manual_seed(seed), losses_of(model)
     rows, waiting = [], []
-    with torch.random.fork_rng(), first_piece_only(model.encoder):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
         for step in tqdm(range(steps), disable=None, leave=False):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import first_piece_only
 from .encoding import batches, in_order
 from .glue import Task, TaskData, measure
 from .settings import report_progress
@@ -107,11 +108,12 @@ def first_state(
     encoder: PreTrainedModel,
     batch: TaskBatch,
 ) -> Tensor:  # [B, H]
-    """The last hidden state of the first word piece, [CLS]."""
+    """The last hidden state of the first word piece, [CLS]; the last layer computes no other."""
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attention}
     if getattr(encoder.config, "type_vocab_size", 0) > 1:  # DistilBERT, RoBERTa have none
         inputs["token_type_ids"] = batch.types
-    return encoder(**inputs).last_hidden_state[:, 0]
+    with first_piece_only(encoder):
+        return encoder(**inputs).last_hidden_state[:, 0]
 
 
 class Classifier(nn.Module):
@@ -186,9 +188,8 @@ def evaluate_task(
 ) -> dict[str, float]:  # score, the metrics, loss (mean over examples), n (examples)
     """The task's score, all its metrics and the loss; see `glue.measure` for their ranges."""
     logits = predict(classifier, data)
-    everything = data.batch(np.arange(len(data)))
     predicted = logits.argmax(1) if data.task.labels else logits[:, 0]
-    loss = _loss(data.task, logits, everything.labels).item()
+    loss = _loss(data.task, logits, data.batch(np.arange(len(data))).labels).item()
     return measure(data.task, data.labels, predicted.numpy()) | {"loss": loss, "n": len(data)}
 
 # %% ../nbs/12_tasks.ipynb #4f50b081

@@ -84,7 +84,8 @@ NOTE = (
     "Means ± sample standard deviation over n seeds, times 100, on texts that neither the model "
     "nor the probe has seen. Under an attribute's name: the larger balanced accuracy of two fresh "
     "probes of the frozen states (chance is 50 for two groups); gap: root mean square over the "
-    "classes of the difference in true positive rates; DTO: distance to a perfect task at chance."
+    "classes of the difference in true positive rates; DTO: distance to a perfect task at chance. "
+    "Task alone: the same steps without the erasure, the control."
 )
 PUBLISHED = pd.DataFrame(
     [
