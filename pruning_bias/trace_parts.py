@@ -70,9 +70,10 @@ def selectivity_figure(
         one = sets[name]
         one = pd.concat([core[core["data"] == one["data"].iloc[0]], one])
         table = 100 * one.pivot_table("value", "state", "test", sort=False)
-        ax.imshow(table, cmap="Oranges", vmin=30, vmax=100)
+        ax.imshow(table, cmap="Oranges", vmin=30, vmax=100, aspect="auto")
         for (i, j), value in np.ndenumerate(table.to_numpy()):
-            ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8)
+            color = "white" if value > 75 else "black"
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
         ax.set(xticks=range(table.shape[1]), yticks=range(table.shape[0]), xlabel="probe")
         ax.set_xticklabels(table.columns)
         ax.set_yticklabels(table.index)
@@ -132,6 +133,7 @@ def density_figures(
 ) -> dict[str, Figure]:  # by the name of the file
     """Kinds of weights by layers, mean over seeds; a figure per model."""
     rows = frame[frame["metric"] == "layer density"] if len(frame) else frame
+    rows = rows[rows["strength"] != 0] if len(rows) else rows  # not those of the control
     figures = {}
     for (experiment, erasure), one in rows.groupby(["experiment", "erasure"]) if len(rows) else ():
         mean = one.groupby(["metric", "test", "group", "layer_of"], sort=False, as_index=False)
