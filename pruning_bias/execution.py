@@ -6,7 +6,6 @@
 __all__ = ['Job', 'job_of', 'RunFailed', 'execute', 'execute_job', 'run_notebook']
 
 # %% ../nbs/18_execution.ipynb #1e1f7b98
-import csv
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from .environment import ALLOCATION, environment
 from .notebooks import check_notebook, first_line, read_notebook
 from .parameters import Run, digest_of, parameters
+from .results import check_left
 from .settings import file_sha256, load_settings, project_root, write_atomic
 
 # %% ../nbs/18_execution.ipynb #6e86688d
@@ -188,7 +188,7 @@ def _kernel(private: str, folder: Path, threads: str) -> type:
 # %% ../nbs/18_execution.ipynb #08e2c94f
 def _complete(job: Job, folder: Path, seconds: float) -> None:
     """Check what the notebook left, add the rest, and give the folder its name."""
-    _check_metrics(job, folder)
+    check_left(folder, job.parameters)
     written = folder / "environment.json"
     theirs = json.loads(written.read_text()) if written.exists() else {}
     write_atomic(written, json.dumps(theirs | environment(seconds), indent=1))
@@ -201,25 +201,6 @@ def _complete(job: Job, folder: Path, seconds: float) -> None:
         if not job.done:
             raise
         shutil.rmtree(folder)
-
-
-def _check_metrics(job: Job, folder: Path) -> None:
-    """Refuse a run without metrics, or whose rows would not make a table."""
-    if not (folder / "metrics.json").exists():
-        raise ValueError("the notebook ended without metrics.json (does a cell call sys.exit?)")
-    rows = json.loads((folder / "metrics.json").read_text())
-    flat = (str, int, float, bool, type(None))
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and all(isinstance(value, flat) for value in row.values())
-        for row in rows
-    ):
-        raise ValueError('metrics.json is no list of flat rows such as {"metric": "x", "value": 1}')
-    names = set().union(*rows)
-    if (history := folder / "history.csv").exists():
-        with open(history, newline="") as file:
-            names |= set(next(csv.reader(file), []))
-    if clash := sorted(names & ({"experiment", "digest", "seconds"} | job.parameters.keys())):
-        raise ValueError(f"metrics.json or history.csv has {', '.join(clash)}, names of parameters")
 
 # %% ../nbs/18_execution.ipynb #ca1068db
 def _keep_failure(job: Job, folder: Path, error: Exception) -> str:

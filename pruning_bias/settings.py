@@ -55,6 +55,15 @@ class Settings(BaseModel):
     def _device(cls, value: str) -> str:
         return check_device(value)
 
+    def machine(
+        self,
+        published: bool = False,  # bert-base-uncased in place of the packaged encoder
+    ) -> dict[str, str | int]:
+        """What every run takes from the settings: encoder, device, precision and threads."""
+        encoder = "bert-base-uncased" if published and self.model == "packaged" else self.model
+        names = ("device", "precision", "threads")
+        return {"encoder": encoder} | {name: getattr(self, name) for name in names}
+
 
 def check_device(value: str) -> str:
     """The device's name as it came, if it is one we know."""

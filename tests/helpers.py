@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from pruning_bias.execution import _check_metrics, job_of
+from pruning_bias.execution import job_of
 from pruning_bias.parameters import Run, digest, parameters
+from pruning_bias.results import check_left
 from pruning_bias.settings import file_sha256
 from pruning_bias.subnetworks import Subnetwork
 
@@ -45,7 +46,7 @@ def finished_in_process(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNING_BIAS_RUN_FOLDER", str(folder))
         in_process(run)
-    _check_metrics(job_of(run, None), folder)
+    check_left(folder, parameters(run))
     about = json.loads((folder / "environment.json").read_text()) | {"seconds": 1.0}
     (folder / "environment.json").write_text(json.dumps(about))
     done = {"metrics.json": file_sha256(folder / "metrics.json")}

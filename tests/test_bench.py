@@ -65,6 +65,8 @@ def test_masks_together_and_one_at_a_time_say_the_same(monkeypatch: pytest.Monke
         for some in masks:
             alone = lottery.one_at_a_time(classifier, some[:3], [batch])
             assert (mask_logits(classifier, some[:3], data) - alone).abs().max() < 1e-12
+            usual = lottery.one_at_a_time(classifier, some[:3], [batch], Classifier.__call__)
+            assert (usual - alone).abs().max() < 1e-12
 
 
 def test_masks_of_the_benchmark_are_those_of_a_search_by_the_papers_steps() -> None:
@@ -87,7 +89,7 @@ def test_masks_that_close_one_more_share_operations() -> None:
     with FlopCounterMode(display=False) as together:
         mask_logits(classifier, masks, tiny)
     ratio = len(masks) * each.get_total_flops() / together.get_total_flops()
-    assert 2.2 < ratio < 2.8
+    assert 2.6 < ratio < 2.8
 
 
 def test_a_rate_is_positive() -> None:

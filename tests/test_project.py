@@ -22,6 +22,7 @@ MODULES = {name: ROOT / "pruning_bias" / f"{name}.py" for name in LIBRARY}
 NOTEBOOKS = sorted(
     nb for nb in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in str(nb)
 )
+INDEX = {Path("pruning_bias/_modidx.py")}  # nbdev makes it anew; it is not committed
 TRACKED = [
     ROOT / line
     for line in subprocess.run(
@@ -51,7 +52,7 @@ def test_imports_point_downward(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_and_functions_are_small(name: str) -> None:
     source = MODULES[name].read_text()
-    assert len(source.splitlines()) <= 265
+    assert len(source.splitlines()) <= 260
     for function in functions(MODULES[name]):
         lines = function.end_lineno - function.lineno + 1
         assert lines <= 48, f"{name}.{function.name} has {lines} lines"
@@ -107,8 +108,9 @@ def test_export_is_in_sync_and_notebooks_are_clean(tmp_path: Path) -> None:
             for p in (ROOT / part).rglob(ending)
             if ".ipynb_checkpoints" not in str(p)
         }
-        assert names == {p.relative_to(tmp_path) for p in (tmp_path / part).rglob(ending)}
-        for name in names:
+        made = {p.relative_to(tmp_path) for p in (tmp_path / part).rglob(ending)}
+        assert names - INDEX == made - INDEX
+        for name in names - INDEX:
             assert (ROOT / name).read_bytes() == (tmp_path / name).read_bytes(), (
                 f"{name}: make export"
             )
