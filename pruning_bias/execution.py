@@ -159,18 +159,15 @@ def _kernel(private: str, folder: Path, threads: str) -> type:
 
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = KernelSpec(argv=command, display_name="Python 3", language="python")
-    environment = (
-        ALLOCATION
-        | os.environ
-        | {
-            "PRUNING_BIAS_RUN_FOLDER": str(folder),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "PYTHONHASHSEED": "0",
-            "PYTHONWARNINGS": "ignore:IProgress not found",  # a notebook keeps no progress bars
-            "IPYTHONDIR": private,  # nobody's startup files
-        }
-    )
+    environment = ALLOCATION | os.environ
+    environment |= {
+        "PRUNING_BIAS_RUN_FOLDER": str(folder),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # a notebook keeps no progress bars
+        "IPYTHONDIR": private,  # nobody's startup files
+    }
 
     class Kernel(AsyncKernelManager):
         kernel_spec = spec

@@ -155,7 +155,7 @@ def _loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, or the squared error where the label is a number."""
     if task.labels:
         return F.cross_entropy(logits.float(), labels)
-    return F.mse_loss(logits[:, 0].float(), labels)
+    return F.mse_loss(logits[:, 0].float(), labels.float())
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def evaluate_task(
     """The task's score, all its metrics and the loss; see `glue.measure` for their ranges."""
     logits = predict(classifier, data)
     predicted = logits.argmax(1) if data.task.labels else logits[:, 0]
-    loss = _loss(data.task, logits, data.batch(np.arange(len(data))).labels).item()
+    loss = _loss(data.task, logits, torch.from_numpy(data.labels)).item()
     return measure(data.task, data.labels, predicted.numpy()) | {"loss": loss, "n": len(data)}
 
 # %% ../nbs/12_tasks.ipynb #4f50b081

@@ -3,6 +3,7 @@
 Started as a program this file is the driver that one of the tests kills.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ import psutil
 import pytest
 
 from pruning_bias import execution, executors
+from pruning_bias.environment import ALLOCATION
 from pruning_bias.execution import RunFailed, execute
 from pruning_bias.executors import execute_all
 from pruning_bias.notebooks import check_notebook
@@ -198,7 +200,8 @@ def test_the_folder_says_what_the_run_was_and_where_it_was_done(done):
     assert environment["seconds"] > 0 and environment["peak_memory_mib"] > 1
     assert environment["versions"]["papermill"] and environment["cores"] >= 1
     last = nbformat.read(folder / "notebook.ipynb", as_version=4).cells[-1].outputs[0]
-    assert last.data["text/plain"] == "('2', '0')"  # OMP_NUM_THREADS, PYTHONHASHSEED
+    allocation = os.environ.get("GLIBC_TUNABLES", ALLOCATION["GLIBC_TUNABLES"])
+    assert ast.literal_eval(last.data["text/plain"]) == ["2", "0", allocation]
 
 
 def test_results_are_one_row_per_metric_with_the_parameters_beside(done):
