@@ -30,7 +30,7 @@ def removals(
     attributes: Iterable[str],
     warm_up: int = 20,  # passes of an adversary before
     strengths: str = "",  # of Combine
-    baselines: bool = False,  # all weights erased, and parallel, as well
+    baselines: dict[str, Any] | None = None,  # with parallel, and all weights erased: its fields
     control: bool = False,  # the same steps with the task alone, for the first attribute
 ) -> list[Run]:
     """The paper's comparison on one set of texts."""
@@ -55,9 +55,9 @@ def removals(
             if len(posts) > 1:
                 sources = " ".join(left_by(post).removeprefix("run:") for post in posts)
                 runs.append(Combine(**own, sources=sources, strengths=strengths))
-            if baselines:
+            if baselines is not None:
                 shared = machine | texts | {"seed": seed, "attributes": " ".join(attributes)}
-                erased = {"erasure": erasure} | how
+                erased = {"erasure": erasure} | how | baselines
                 runs.append(FinetuneErased(**shared | training | erased))
                 runs.append(SubnetworkParallel(**shared | given))
         if control:

@@ -45,7 +45,7 @@ def small(settings: Settings) -> list[Run]:
             differing=_QUICK,
             erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 1.0}},
             attributes=attributes,
-            baselines=True,
+            baselines={"epochs": 2, "learning_rate": 1e-4, "adversary_rate": 3e-3},
             control=True,
         )
     ]
@@ -66,5 +66,5 @@ def paper(settings: Settings) -> list[Run]:
         attributes=("gender",),
         warm_up=0,
         strengths="0.5 1",
-        baselines=True,
+        baselines={},
     )

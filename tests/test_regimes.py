@@ -265,7 +265,7 @@ def small_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"mmd": {"strength": 1.0}},
         ("gender", "age"),
         warm_up=1,
-        baselines=True,
+        baselines={},
         control=True,
     )
     for run in runs:
