@@ -32,20 +32,24 @@ def demo(settings: Settings) -> list[Run]:
 
 def small(settings: Settings) -> list[Run]:
     """Real texts: occupations of a few hundred people, and the Equity Evaluation Corpus."""
-    texts = {"max_length": 96, "batch_size": 8, "learning_rate": 1e-5, "head_rate": 1e-3}
-    texts |= {"head_epochs": 200, "probe_epochs": 15, "probe_rate": 1e-3}
-    sets = {("wiki_bios", 0): ("gender",), ("EEC", 640): ("gender", "race")}
+    texts = {"max_length": 96, "learning_rate": 1e-5, "head_rate": 1e-3, "head_epochs": 200}
+    texts |= {"probe_epochs": 15, "probe_rate": 1e-3}
+    lives = {"data": "wiki_bios", "examples": 0, "batch_size": 8}
+    sentences = {"data": "EEC", "examples": 640, "batch_size": 16}  # short: more fit into a step
     return [
         run
-        for (name, examples), attributes in sets.items()
+        for own, steps, attributes in (
+            (lives, 80, ("gender",)),
+            (sentences, 240, ("gender", "race")),
+        )
         for run in removals(
             *(settings.machine(), settings.seeds[:2]),
-            texts | {"data": name, "examples": examples},
+            texts | own,
             training={"epochs": 1},
-            differing=_QUICK,
-            erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 1.0}},
+            differing=_QUICK | {"fix_steps": steps},
+            erasing={"adversarial": {"strength": 1.0}, "mmd": {"strength": 10.0}},
             attributes=attributes,
-            baselines={"epochs": 2, "learning_rate": 1e-4, "adversary_rate": 3e-3},
+            baselines={"epochs": 2, "learning_rate": 3e-5, "adversary_rate": 3e-3},
             control=True,
         )
     ]
