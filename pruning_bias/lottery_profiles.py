@@ -14,8 +14,8 @@ from .settings import Settings
 # %% ../nbs/20_lottery_profiles.ipynb #4675cd2e
 def demo(settings: Settings) -> list[Run]:
     """The search by importance on the built-in task, and its tickets trained again."""
-    task = {"task": "acceptability", "examples": 3200, "epochs": 1, "learning_rate": 1e-4}
-    searching = {"search_examples": 200, "draws": 3}
+    task = {"task": "acceptability", "examples": 3200, "epochs": 1, "learning_rate": 7e-5}
+    searching = {"search_examples": 120, "draws": 2}
     return lottery(
         *(settings.machine(), settings.seeds, task, searching),
         survivors=(),
