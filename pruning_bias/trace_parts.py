@@ -22,6 +22,7 @@ from pruning_bias.state_tables import (
     core_of,
     file_table,
     states,
+    tell_sizes,
     tell_states,
 )
 from .trace_charts import draw_densities
@@ -110,7 +111,10 @@ def trace_parts(
     files = file_table(found)
     report = {
         "states": Part(
-            "Off, on, and both", NOTE, tell_states(found), {"": comparison_table(found)}
+            "Off, on, and both",
+            NOTE,
+            tell_states(found) + tell_sizes(found),
+            {"": comparison_table(found)},
         ),
         "trade": Part("Task against leakage", "", [], {}, {"trade": trade_figure(found)}),
         "selectivity": Part("Selectivity", "", [], {}, {"selectivity": selectivity_figure(found)}),

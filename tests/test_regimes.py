@@ -41,7 +41,13 @@ from pruning_bias.removal_runs import (
     SubnetworkPost,
 )
 from pruning_bias.results import load_results
-from pruning_bias.state_tables import comparison_table, states, tell_states
+from pruning_bias.state_tables import (
+    comparison_table,
+    core_of,
+    states,
+    tell_sizes,
+    tell_states,
+)
 from pruning_bias.subnetworks import active
 from pruning_bias.task_models import chosen, open_subnetworks, open_task_model
 from pruning_bias.tasks import EncodedTask
@@ -292,6 +298,12 @@ def test_the_experiments_leave_what_the_report_reads(small_grid: Path, tmp_path:
     assert set(table["n"]) == {"2"} and {"gender", "gap age", "DTO age"} <= {*table.columns}
     told = tell_states(found)
     assert len(told) == 5 and all("of the way from the core to chance" in line for line in told)
+    sizes = tell_sizes(found)
+    assert len(sizes) == 1 and sizes[0].startswith(f"{found['data'][0]}: ")
+    core = core_of(found)
+    n, accuracy = (core.loc[core["metric"] == each, "value"] for each in ("n_dev", "accuracy"))
+    error = 100 * (accuracy.mean() * (1 - accuracy.mean()) / n.iloc[0]) ** 0.5
+    assert f"the task {error:.1f} points, probes of" in sizes[0]
     report = trace_parts(frame)
     assert {"states", "trade", "selectivity", "files", "density", "published"} == {*report}
     text = write_traces(small_grid, tmp_path)
