@@ -6,6 +6,7 @@
 __all__ = ['NOTE', 'PUBLISHED', 'trade_figure', 'selectivity_figure', 'trace_parts', 'density_figures', 'write_traces']
 
 # %% ../nbs/17_trace_parts.ipynb #61d14597
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ def trade_figure(
     names = {f"{data}: {test}": (data, test) for data, test in pairs.itertuples(index=False)}
     if not names:
         return None
+    colors = {regime: f"C{i % 10}" for i, regime in enumerate(wide["regime"].unique())}
+    markers = dict(zip(wide["state"].unique(), cycle("os^Dv<P*Xhd"), strict=False))
 
     def draw(ax: Axes, name: str) -> None:
         data, attribute = names[name]
@@ -44,8 +47,9 @@ def trade_figure(
         for (regime, state), one in here.groupby(["regime", "state"], sort=False):
             table = one.pivot_table("value", "seed", ["metric", "test"])
             x, y = 100 * table["gives", attribute], 100 * table["accuracy", data]
-            (line,) = ax.plot(x, y, ".", markersize=5, alpha=0.6)
-            ax.plot(x.mean(), y.mean(), "o", color=line.get_color(), label=f"{regime}: {state}")
+            look = {"color": colors[regime], "marker": markers[state], "linestyle": ""}
+            ax.plot(x, y, **look, markersize=3, alpha=0.5)
+            ax.plot(x.mean(), y.mean(), **look, label=f"{regime}: {state}")
         chance = 100 * here.loc[(here["metric"] == "chance") & (here["test"] == attribute), "value"]
         ax.axvline(chance.iloc[0], color="#777777", linestyle=":", linewidth=1)
         ax.set(xlabel=f"a probe's balanced accuracy, {attribute}", ylabel="task accuracy")
@@ -65,11 +69,11 @@ def selectivity_figure(
     }
     if not sets:
         return None
-    core = core_of(gives)
 
     def draw(ax: Axes, name: str) -> None:
         one = sets[name]
-        one = pd.concat([core[core["data"] == one["data"].iloc[0]], one])
+        data, regime = one[["data", "regime"]].iloc[0]
+        one = pd.concat([core_of(gives[gives["data"] == data], regime), one])
         table = 100 * one.pivot_table("value", "state", "test", sort=False)
         ax.imshow(table, cmap="Oranges", vmin=30, vmax=100, aspect="auto")
         for (i, j), value in np.ndenumerate(table.to_numpy()):

@@ -51,7 +51,12 @@ from pruning_bias.state_tables import (
 from pruning_bias.subnetworks import active
 from pruning_bias.task_models import chosen, open_subnetworks, open_task_model
 from pruning_bias.tasks import EncodedTask
-from pruning_bias.trace_parts import trace_parts, write_traces
+from pruning_bias.trace_parts import (
+    selectivity_figure,
+    trace_parts,
+    trade_figure,
+    write_traces,
+)
 from pruning_bias.traces import density_rows, overlap_rows, states_of
 from pruning_bias.training import adam
 
@@ -310,6 +315,24 @@ def test_the_experiments_leave_what_the_report_reads(small_grid: Path, tmp_path:
     assert "post, mmd" in text and (tmp_path / "figures" / "trade.png").is_file()
     saved = pd.read_csv(tmp_path / "tables" / "states.csv")
     assert len(saved) == len(found)
+
+
+def test_figures_name_what_they_show(small_grid: Path) -> None:
+    """One look for each label, in every panel; a core is the core of its own regime."""
+    found = states(load_results(small_grid))
+    looks: dict[str, set] = {}
+    for ax in trade_figure(found).axes:
+        for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            looks.setdefault(label, set()).add((line.get_color(), line.get_marker()))
+    assert len(set.union(*looks.values())) == len(looks) > 5
+    gives, seen = found[found["metric"] == "gives"], 0
+    for ax in selectivity_figure(found).axes:
+        regime = ax.get_title().split(", ", 1)[1]
+        first = ax.get_xticklabels()[0].get_text()
+        core = core_of(gives[gives["test"] == first], regime)["value"].mean()
+        assert ax.texts[0].get_text() == f"{100 * core:.0f}"
+        seen += regime.startswith("parallel")
+    assert seen
 
 
 def test_a_subnetwork_of_a_run_is_opened_in_one_line(small_grid: Path) -> None:
