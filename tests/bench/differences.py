@@ -71,9 +71,9 @@ def our_step(
     return step
 
 
-def forward(model: TaskModel, batch: TaskBatch) -> Step:
-    """Inference that keeps its activations: frozen weights, a graph from the embeddings on."""
-    model.encoder.requires_grad_(False)
+def forward(model: TaskModel, batch: TaskBatch, frozen: bool = False) -> Step:
+    """Inference that keeps its activations: those of weights' gradients, or of states' alone."""
+    model.encoder.requires_grad_(not frozen)
     words = model.encoder.get_input_embeddings()
 
     def step() -> None:
@@ -119,12 +119,12 @@ def measure_differences(part: Part) -> None:
     seconds = {name: median(step) for name, step in ways.items() if step() is None}
     seconds |= {name: seconds[name] / STEPS for name in seconds if name != "fine-tuning"}
     kept = memory(our_step(fixed := fresh(), batch, None, True), fixed) + lasting(fixed)
-    plain = memory(forward(plain_model := fresh(), batch), plain_model)
+    plain, states = (memory(forward(m := fresh(), batch, frozen), m) for frozen in (False, True))
     with tempfile.TemporaryDirectory() as folder:
         path = save(fixed.encoder.differences[-1], Path(folder) / "difference.safetensors")
         base = sum(4 * weight.numel() for weight in fixed.encoder.parameters())
         share = path.stat().st_size / base
-    part.numbers = {"text": given.name, "seconds": seconds, "memory_mib": [kept, plain],
+    part.numbers = {"text": given.name, "seconds": seconds, "memory_mib": [kept, plain, states],
                     "rows_of_word_embeddings": len(seen), "file_share": share}  # fmt: skip
     shared = {"batch": f"{BATCH} of {LENGTH}", "threads": threads}
     usual = seconds["fine-tuning"]
@@ -144,6 +144,9 @@ def measure_differences(part: Part) -> None:
         Figure("memory of a fixed-mask step", f"{kept / plain:.2f} of the memory",
                f"{kept:.0f} MiB", f"{plain:.0f} MiB: plain inference and its activations", **shared,
                mark="<= 1.1", reached=kept <= 1.1 * plain),
+        Figure("the same, beside frozen weights", f"{kept / states:.2f} of the memory",
+               f"{kept:.0f} MiB", f"{states:.0f} MiB: without the inputs that weights' gradients need",
+               **shared),
         Figure(f"file of a difference at density {DENSITY}", f"{share:.2%} of its base",
                f"{path.name}", "the encoder's weights", "-", threads,
                mark="<= 3 %", reached=share <= 0.03),
