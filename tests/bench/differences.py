@@ -145,7 +145,7 @@ def measure_differences(part: Part) -> None:
                f"{kept:.0f} MiB", f"{plain:.0f} MiB: plain inference and its activations", **shared,
                mark="<= 1.1", reached=kept <= 1.1 * plain),
         Figure("the same, beside frozen weights", f"{kept / states:.2f} of the memory",
-               f"{kept:.0f} MiB", f"{states:.0f} MiB: without the inputs that weights' gradients need",
+               f"{kept:.0f} MiB", f"{states:.0f} MiB: without what weights' gradients need",
                **shared),
         Figure(f"file of a difference at density {DENSITY}", f"{share:.2%} of its base",
                f"{path.name}", "the encoder's weights", "-", threads,
