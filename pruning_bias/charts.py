@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,7 +41,7 @@ def panels(
     share: bool = False,  # one scale for all
     legend: str = "lower center",  # where it is, outside the panels
 ) -> Figure:
-    """Panels in rows of three, with the legend of the first one."""
+    """Panels in rows of three, with one legend; a label looks alike in all of them."""
     across = min(3, len(names))
     lines = math.ceil(len(names) / across)
     figure, axes = plt.subplots(
@@ -58,8 +59,10 @@ def panels(
         plain(ax)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
+    found: dict[str, Artist] = {}
+    for ax in axes.flat:
+        for mark, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, mark)
     look = {"ncols": max(3, across + 1), "frameon": False, "fontsize": 8}
     figure.legend(found.values(), found, loc=f"outside {legend}", **look)
     return figure
