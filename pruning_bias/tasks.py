@@ -24,6 +24,7 @@ from .glue import Task, TaskData, measure
 from .settings import report_progress
 from .subnetworks import subnetworks
 from .training import adam, fit, linear, set_rate_
+from .vocabulary import occurring
 
 # %% ../nbs/12_tasks.ipynb #83455fc1
 class TaskBatch(NamedTuple):
@@ -208,14 +209,13 @@ def fine_tune(
 ) -> list[dict[str, float]]:  # a row per epoch: step, epoch, training loss, dev's figures
     """Train encoder and head on a task; the same seed gives the same bytes."""
     device = classifier.out.weight.device
-    optimizer = _optimizer(classifier, weight_decay)
     stream = batches(data, np.arange(len(data)), batch_size, torch.Generator().manual_seed(seed))
     epoch = max(1, len(data) // batch_size)
     steps, measured = epochs * epoch, []
 
     def before_step(step: int) -> dict[str, float]:
         if step and step % epoch == 0:
-            measured.append(_dev_figures(classifier, dev))
+            measured.append(evaluate_task(classifier, dev))
         set_rate_(optimizer, learning_rate * linear(step, steps, round(warmup * steps)))
         report_progress(step, steps)
         return {"epoch": step // epoch + 1}
@@ -224,8 +224,9 @@ def fine_tune(
         batch = batch.to(device)
         return {"loss": _loss(data.task, classifier(batch), batch.labels)}
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), occurring(classifier.encoder, data, dev, decay=weight_decay):
         torch.manual_seed(seed)
+        optimizer = _optimizer(classifier, weight_decay)
         classifier.train()
         rows = fit(
             stream,
@@ -238,8 +239,11 @@ def fine_tune(
             device=str(device),
         )
         classifier.eval()
-    measured.append(_dev_figures(classifier, dev))
-    return [row | found for row, found in zip(rows, measured, strict=True)]
+    measured.append(evaluate_task(classifier, dev))
+    return [
+        row | {f"dev {name}": value for name, value in found.items()}
+        for row, found in zip(rows, measured, strict=True)
+    ]
 
 
 def at_the_end(
@@ -247,10 +251,6 @@ def at_the_end(
 ) -> dict[str, float]:
     """What `evaluate_task` found on dev after the last epoch."""
     return {name[4:]: value for name, value in history[-1].items() if name.startswith("dev ")}
-
-
-def _dev_figures(classifier: Classifier, dev: EncodedTask) -> dict[str, float]:
-    return {f"dev {name}": value for name, value in evaluate_task(classifier, dev).items()}
 
 
 def _optimizer(classifier: Classifier, weight_decay: float) -> AdamW:

@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from helpers import small_encoder
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -21,6 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from pruning_bias import acceptability
 from pruning_bias.acceptability import FAULTS, spoil
 from pruning_bias.anatomy import Encoder, load_encoder, tiny_encoder
+from pruning_bias.differences import difference_
 from pruning_bias.encoding import in_order
 from pruning_bias.gates import FixedGate, ThresholdGate
 from pruning_bias.glue import TASKS, TaskData, majority, measure, quality, read_task, read_tsv
@@ -42,6 +45,7 @@ from pruning_bias.tasks import (
     fine_tune,
     predict,
 )
+from pruning_bias.vocabulary import occurring
 
 torch.set_num_threads(1)
 
@@ -551,7 +555,7 @@ def test_making_a_classifier_draws_nothing_from_the_global_generator() -> None:
 
 def train(model: PreTrainedModel, data: EncodedTask, **options: float) -> Classifier:
     settings = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8} | options
-    classifier = Classifier(model, data.task.outputs)
+    classifier = Classifier(model, data.task.outputs).to(model.dtype)
     fine_tune(classifier, data, data, **settings)
     return classifier
 
@@ -609,6 +613,41 @@ def test_the_same_seed_gives_the_same_bytes(task: str, tiny: Encoder) -> None:
     same = train(tiny_encoder(), data, seed=4)
     other = train(tiny_encoder(), data, seed=5)
     assert weights(one) == weights(same) != weights(other)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "albert"])
+def test_a_table_of_the_pieces_that_occur_learns_what_the_whole_table_learns(
+    family: str, tiny: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode_task(tiny.tokenizer, some("CoLA", 24))
+    models = [small_encoder(family, vocab_size=len(tiny.tokenizer)) for _ in range(2)]
+    before = models[0].get_input_embeddings().weight.detach().clone()
+    train(models[0], data)
+    monkeypatch.setattr("pruning_bias.tasks.occurring", lambda *_, **__: nullcontext())
+    train(models[1], data)
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9), name
+    after = models[0].get_input_embeddings().weight
+    moved = (after != before).any(1).nonzero()[:, 0].tolist()
+    assert set(moved) <= set(data.ids.tolist()) and len(moved) > len(set(data.ids)) / 2
+
+
+def test_the_whole_table_is_back_after_an_error(tiny: Encoder) -> None:
+    model = tiny_encoder()
+    whole, before = model.get_input_embeddings(), weights(model)
+    few, other = (encode_task(tiny.tokenizer, some("CoLA", n)) for n in (2, 40))
+    with pytest.raises(IndexError), occurring(model, few):
+        predict(Classifier(model, 2), other)
+    assert model.get_input_embeddings() is whole and weights(model) == before
+
+
+def test_a_table_that_decays_or_carries_a_difference_stays_whole(tiny: Encoder) -> None:
+    model, data = tiny_encoder(), encode_task(tiny.tokenizer, some("CoLA", 2))
+    with occurring(model, data, decay=0.1):
+        assert len(model.get_input_embeddings().weight) == model.config.vocab_size
+    difference_(model.requires_grad_(False))
+    with occurring(model, data):
+        assert len(model.get_input_embeddings().weight) == model.config.vocab_size
 
 
 def test_decay_spares_biases_and_norms(tiny: Encoder) -> None:
