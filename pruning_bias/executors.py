@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,8 @@ from types import ModuleType
 from tqdm import tqdm
 
 from .environment import cores, output_of
-from .execution import Job, RunFailed, job_of
+from .execution import Job, RunFailed, job_of, kernel_environment
+from .kernels import nursery
 from .notebooks import first_line
 from .parameters import Run
 from .results import facts
@@ -65,8 +66,8 @@ def _pool(jobs: list[Job], slots: list[dict[str, str]], retries: int) -> Iterato
         try:
             for left in range(retries, -1, -1):
                 try:
-                    pinned = job.parameters.get("device") in ("auto", "cuda")
-                    return work(job, slot if pinned else {}, live)
+                    named = job.parameters.get("device", "cpu").startswith("cuda:")
+                    return work(job, {} if named else slot, live)
                 except RunFailed:
                     if stop.is_set() or not left:
                         raise
@@ -101,6 +102,16 @@ def _slots(jobs: list[Job], slots: int, gpus_per_run: float) -> list[dict[str, s
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
     threads = max((job.parameters.get("threads", 1) for job in jobs), default=1)
     return [{} for _ in range(slots or max(1, cores() // threads))]
+
+
+def _nursery(jobs: list[Job], slots: list[dict[str, str]]) -> AbstractContextManager:
+    """Kernels are forked where that is safe, and where some of them start later than others."""
+    devices = {job.parameters.get("device", "cpu") for job in jobs}
+    threads = {job.parameters.get("threads", 1) for job in jobs}
+    safe = sys.platform == "linux" and devices <= {"cpu", "auto"} and not any(slots)
+    if safe and len(threads) == 1 and 0 < len(slots) < len(jobs):
+        return nursery(kernel_environment(*threads))
+    return nullcontext({})
 
 
 def _gpus() -> list[str]:
@@ -194,11 +205,13 @@ def execute_all(
     todo = [job for job in jobs.values() if not job.done]
     if not todo:
         return Report((), skipped, {})
-    if executor == "pool":
-        ended = _pool(todo, _slots(todo, slots, settings.gpus_per_run), retries)
-    else:
-        ended = _ray(todo, slots, retries, settings.ray_address, settings.gpus_per_run)
-    finished, failed = _collect(todo, ended, progress)
+    places = _slots(todo, slots, settings.gpus_per_run) if executor == "pool" else []
+    with _nursery(todo, places) as near:
+        if executor == "pool":
+            ended = _pool(todo, [place | near for place in places], retries)
+        else:
+            ended = _ray(todo, slots, retries, settings.ray_address, settings.gpus_per_run)
+        finished, failed = _collect(todo, ended, progress)
     return Report(tuple(finished), skipped, failed)
 
 # %% ../nbs/20_executors.ipynb #50ee64ee
@@ -207,11 +220,8 @@ def _collect(
 ) -> tuple[list[Path], dict[str, str]]:
     """Follow the jobs to their end, on one line of progress and a line for each that ended."""
     finished, failed, began = [], {}, time.time()
-    values: dict[str, Counter] = {}
-    for job in jobs:
-        for name, value in job.parameters.items():
-            values.setdefault(name, Counter())[value] += 1
-    usual = {name: counter.most_common(1)[0][0] for name, counter in values.items()}
+    given = Counter(pair for job in jobs for pair in job.parameters.items())
+    usual = dict(pair for pair, _ in reversed(given.most_common()))  # the most common comes last
     bar = tqdm(total=len(jobs), desc="runs", file=sys.stderr, disable=not progress)
     with bar, closing(stream):
         for end in stream:

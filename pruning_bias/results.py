@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .environment import peak_memory
 from .settings import file_sha256, load_settings, project_root, write_atomic
 
 if TYPE_CHECKING:  # imported where it is used: a worker needs no pandas
@@ -32,7 +33,8 @@ def leave(
             writer = csv.DictWriter(file, list(history[0]))
             writer.writeheader()
             writer.writerows(history)
-    write_atomic(folder / "environment.json", json.dumps(about, indent=1))
+    facts = about | {"peak_memory_mib": peak_memory()}
+    write_atomic(folder / "environment.json", json.dumps(facts, indent=1))
     rows = [{name: _number(value) for name, value in row.items()} for row in metrics]
     write_atomic(folder / "metrics.json", json.dumps(rows, indent=1))
 

@@ -228,16 +228,8 @@ def fine_tune(
         torch.manual_seed(seed)
         optimizer = _optimizer(classifier, weight_decay)
         classifier.train()
-        rows = fit(
-            stream,
-            loss_fn,
-            optimizer,
-            steps=steps,
-            before_step=before_step,
-            every=epoch,
-            autocast=autocast,
-            device=str(device),
-        )
+        how = {"steps": steps, "before_step": before_step, "every": epoch, "autocast": autocast}
+        rows = fit(stream, loss_fn, optimizer, **how, device=str(device))
         classifier.eval()
     measured.append(evaluate_task(classifier, dev))
     return [

@@ -30,6 +30,7 @@ class _Rows(nn.Embedding):
             self.padding_idx = int(place[whole.padding_idx])
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Vectors of word pieces, by their old numbers."""
         return super().forward(self.place[ids])
 
 

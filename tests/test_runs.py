@@ -4,6 +4,7 @@ Started as a program this file is the driver that one of the tests kills.
 """
 
 import ast
+import asyncio
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -26,6 +28,7 @@ from pruning_bias import execution, executors
 from pruning_bias.environment import ALLOCATION
 from pruning_bias.execution import RunFailed, execute
 from pruning_bias.executors import execute_all
+from pruning_bias.kernels import NURSERY, nursery
 from pruning_bias.notebooks import check_notebook
 from pruning_bias.parameters import Run, digest, parameter, parameters, parameters_cell
 from pruning_bias.results import load_histories, load_results
@@ -470,6 +473,128 @@ def test_a_run_waits_for_those_it_names_and_for_no_other(tmp_path):
     assert turns.ready() == [second, first]
     assert turns.ready(second) == []
     assert turns.ready(first) == [after] and turns.ready(after) == []
+
+
+# ---- forked kernels
+
+
+@pytest.fixture(scope="module")
+def ready() -> Iterator[tuple[psutil.Process, str]]:
+    """A nursery that is ready, and its place."""
+    with nursery(execution.kernel_environment(1)) as near:
+        until(Path(near[NURSERY]).exists)
+        (found,) = (p for p in psutil.Process().children() if "--nursery" in p.cmdline())
+        yield found, near[NURSERY]
+    assert not remaining([found], 5) and not Path(near[NURSERY]).parent.exists()
+
+
+@pytest.fixture
+def nurse(ready, monkeypatch) -> psutil.Process:
+    """What this process starts asks a nursery for kernels."""
+    monkeypatch.setenv(NURSERY, ready[1])
+    return ready[0]
+
+
+def parents(place: Path) -> list[int]:
+    """The processes that the kernels came from."""
+    return [int(line.split("|")[3]) for line in (place / "executions.log").read_text().splitlines()]
+
+
+def test_a_forked_kernel_finds_what_one_of_its_own_finds(nurse, tmp_path, monkeypatch):
+    run = DebiasOnly(seed=3, steps=2)
+    forked = execute(run, tmp_path / "forked")
+    monkeypatch.delenv(NURSERY)
+    own = execute(run, tmp_path / "own")
+    for name in ("metrics.json", "history.csv"):
+        assert (forked / name).read_bytes() == (own / name).read_bytes()
+    facts = [json.loads((each / "environment.json").read_text()) for each in (forked, own)]
+    assert 0.5 < facts[0].pop("peak_memory_mib") / facts[1].pop("peak_memory_mib") < 2
+    assert all(isinstance(each.pop("seconds"), float) for each in facts) and facts[0] == facts[1]
+    pictures = [(each / "notebook.ipynb").read_text().count("image/png") for each in (forked, own)]
+    assert pictures[0] == pictures[1] > 0
+
+
+def test_every_forked_kernel_has_the_environment_that_its_worker_gives_it(nurse, tmp_path):
+    folders = [execute(fault(tmp_path, seed=seed), tmp_path / "results") for seed in (0, 1)]
+    assert all((folder / "done.json").exists() for folder in folders)
+    assert parents(tmp_path) == [nurse.pid] * 2
+
+
+@pytest.mark.parametrize("what", ["kill kernel", "raise"])
+def test_a_forked_kernel_that_dies_or_raises_is_a_run_that_failed(what, nurse, tmp_path):
+    message = {"kill kernel": "the kernel died", "raise": "RuntimeError: asked to fail"}[what]
+    with pytest.raises(RunFailed, match=message):
+        execute(fault(tmp_path, what), tmp_path / "results")
+    assert parents(tmp_path) == [nurse.pid]
+
+
+def test_a_killed_worker_takes_its_forked_kernel_along(nurse, tmp_path):
+    driver = drive(tmp_path, "pool", fault(tmp_path, "wait"))
+    until(lambda: executions(tmp_path)["wait", 0] == 1)
+    (kernel,) = nurse.children()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert parents(tmp_path) == [nurse.pid] and not remaining([kernel])
+
+
+def test_an_interrupt_reaches_a_forked_kernel(nurse, tmp_path):
+    async def ask() -> str:
+        manager = execution._kernel(str(tmp_path), tmp_path, 1)()
+        await manager.start_kernel()
+        client = manager.client()
+        client.start_channels()
+        await client.wait_for_ready()
+        (kernel,) = nurse.children()
+        client.execute("import time; time.sleep(600)")
+        while (await client.get_iopub_msg(timeout=30))["header"]["msg_type"] != "execute_input":
+            pass
+        await manager.interrupt_kernel()
+        reply = await client.get_shell_msg(timeout=30)
+        client.stop_channels()
+        await manager.shutdown_kernel(now=True)
+        assert not remaining([kernel])
+        return reply["content"]["ename"]
+
+    assert asyncio.run(ask()) == "KeyboardInterrupt"
+
+
+def test_without_a_nursery_that_answers_a_kernel_starts_as_ever(tmp_path, monkeypatch):
+    monkeypatch.setenv(NURSERY, str(tmp_path / "nobody"))
+    assert (execute(fault(tmp_path), tmp_path / "results") / "done.json").exists()
+    assert parents(tmp_path) == [os.getpid()]
+
+
+def test_a_nursery_ends_with_the_process_that_opened_it(tmp_path):
+    code = (
+        "import time\nfrom pruning_bias.kernels import nursery\n"
+        "with nursery({}) as near:\n    print(*near.values(), flush=True)\n    time.sleep(600)"
+    )
+    opener = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    place = Path(opener.stdout.readline().strip())
+    family = psutil.Process(opener.pid).children()
+    opener.kill()
+    opener.wait()
+    assert len(family) == 1 and not remaining(family) and not place.parent.exists()
+
+
+def test_kernels_are_forked_where_that_is_safe_and_pays(tmp_path):
+    cpu, other, gpu, wide = (
+        execution.job_of(fault(tmp_path, **own), None)
+        for own in ({}, {"seed": 1}, {"device": "cuda:0"}, {"threads": 2})
+    )
+    asked = {
+        "more runs than slots": ([cpu, other], [{}]),
+        "all at once": ([cpu, other], [{}, {}]),
+        "a GPU": ([cpu, gpu], [{}]),
+        "GPUs": ([cpu, other], [{"CUDA_VISIBLE_DEVICES": "0"}]),
+        "threads differ": ([cpu, wide], [{}]),
+        "Ray": ([cpu, other], []),
+    }
+    forked = []
+    for name, case in asked.items():
+        with executors._nursery(*case) as near:
+            forked += [name] * bool(near)
+    assert forked == ["more runs than slots"]
 
 
 # ---- where runs go
