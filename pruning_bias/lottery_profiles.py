@@ -14,7 +14,8 @@ from .settings import Settings
 # %% ../nbs/20_lottery_profiles.ipynb #4675cd2e
 def demo(settings: Settings) -> list[Run]:
     """The search by importance on the built-in task, and its tickets trained again."""
-    task = {"task": "acceptability", "examples": 3200, "epochs": 1, "learning_rate": 7e-5}
+    task = {"task": "acceptability", "examples": 2400, "epochs": 1, "batch_size": 24}
+    task |= {"learning_rate": 1.5e-4, "warmup": 0.2}
     searching = {"search_examples": 120, "draws": 2}
     return lottery(
         *(settings.machine(), settings.seeds, task, searching),
