@@ -79,11 +79,11 @@ def _count(values: np.ndarray, what: str) -> str:
 
 # %% ../nbs/17_maps.ipynb #53edc048
 def _draw_map(ax: Axes, values: np.ndarray) -> None:
-    """One square per head."""
+    """One square per head, or per MLP, of which a layer has one."""
     layers, heads = values.shape
     ax.imshow(values, cmap=HUE, vmin=0, vmax=1)
-    ax.set_xticks(range(heads), range(heads))
-    ax.set_xlabel("head", fontsize=8)
+    ax.set_xticks(range(heads) if heads > 1 else [])
+    ax.set_xlabel("head" * (heads > 1), fontsize=8)
     ax.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="#c4c8cc", linewidth=0.6)

@@ -94,7 +94,11 @@ def outcome_table(
     return pd.DataFrame(rows)
 
 # %% ../nbs/17_outcomes.ipynb #4aa43bf0
-_WAYS = {"pruned": "#9fc3e3", "retrained": "#0b2f5c"}
+_WAYS = (  # label, place and width of a bar, color
+    ("as_it_is", "full", 0.0, 0.8, "#999999"),
+    ("pruned", "pruned", -0.2, 0.4, "#9fc3e3"),
+    ("retrained", "retrained", 0.2, 0.4, "#0b2f5c"),
+)
 
 
 def outcome_figure(
@@ -120,14 +124,12 @@ def _bars(ax: Axes, found: pd.DataFrame, states: list[str]) -> None:
     """One task."""
     for place, state in enumerate(states):
         one = found[found["state"] == state]
-        if state == "full":
-            score = one["score"]
-            ax.bar(place, score.mean(), 0.8, yerr=_spread(score), color="#999999", label="full")
-        for side, (way, color) in zip((-0.2, 0.2), _WAYS.items(), strict=True):
-            score = one.loc[one["way"] == way, "score"]
+        for way, label, side, width, color in _WAYS:
+            score, middle = one.loc[one["way"] == way, "score"], place + side
             if len(score):
-                ax.bar(place + side, score.mean(), 0.4, yerr=_spread(score), color=color, label=way)
-                ax.plot([place + side] * len(score), score, ".", color="#D55E00", markersize=3)
+                look = {"yerr": _spread(score), "color": color, "label": label}
+                ax.bar(middle, score.mean(), width, **look)
+                ax.plot([middle] * len(score), score, ".", color="#D55E00", markersize=3)
     same = found.loc[found["state"] == "majority", "score"].mean()
     if not math.isnan(same):
         ax.axhline(same, color="#777777", linestyle="--", linewidth=1)

@@ -113,18 +113,18 @@ def measure_lottery(part: Part) -> None:
     """Importance of all heads and MLPs, and the masks of a search."""
     given, threads = text(), all_cores()
     classifier = Classifier(load_encoder("packaged").model, 2).eval()
-    whole, real = full_length(given), sentences(given)
+    full, real = full_length(given), sentences(given)
     masks = masks_of_a_search(all_open(classifier.encoder))
-    step = plain_pass(classifier, whole)
+    step = plain_pass(classifier, full)
     step()
-    passes = median(step), median(lambda: example_gradients(classifier, whole))
+    passes = median(step), median(lambda: example_gradients(classifier, full))
     alike = list(in_order(real, np.arange(len(real)), BATCH))
     parts = np.arange(len(real)).reshape(-1, BATCH)
     padded = [real.batch(each, pad_to=LENGTH) for each in parts]
     found = {
         "full length": (
-            seconds_together(classifier, masks, whole),
-            seconds_one_by_one(classifier, masks, [whole.batch(np.arange(BATCH))]),
+            seconds_together(classifier, masks, full),
+            seconds_one_by_one(classifier, masks, [full.batch(np.arange(BATCH))]),
         ),
         "sentences": (
             seconds_together(classifier, masks[1:], real),
