@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
@@ -86,8 +87,9 @@ def _become(connection: socket.socket) -> NoReturn:
         threading.Thread(target=_obey, args=(words,), daemon=True).start()
         own = "--IPKernelApp.parent_handle=1"  # it need not look after its parent
         launch_new_instance(argv=[*asked["arguments"], own])
-    finally:
-        sys.stderr.flush()
+    except Exception:
+        traceback.print_exc()
+    finally:  # what comes after this call is the nursery's
         os._exit(0)
 
 

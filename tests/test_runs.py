@@ -545,8 +545,8 @@ def test_an_interrupt_reaches_a_forked_kernel(nurse, tmp_path):
         client.start_channels()
         await client.wait_for_ready()
         (kernel,) = nurse.children()
-        client.execute("import time; time.sleep(600)")
-        while (await client.get_iopub_msg(timeout=30))["header"]["msg_type"] != "execute_input":
+        client.execute("import time; print('begun', flush=True); time.sleep(600)")
+        while (await client.get_iopub_msg(timeout=30))["msg_type"] != "stream":
             pass
         await manager.interrupt_kernel()
         reply = await client.get_shell_msg(timeout=30)
