@@ -9,6 +9,7 @@ __all__ = ['NURSERY', 'nursery', 'main']
 import importlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -84,6 +85,8 @@ def _become(connection: socket.socket) -> NoReturn:
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for library in (random, sys.modules["numpy"].random):
+            library.seed()  # what nobody seeds differs between copies, as it would without
         threading.Thread(target=_obey, args=(words,), daemon=True).start()
         own = "--IPKernelApp.parent_handle=1"  # it need not look after its parent
         launch_new_instance(argv=[*asked["arguments"], own])

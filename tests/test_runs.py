@@ -518,6 +518,8 @@ def test_every_forked_kernel_has_the_environment_that_its_worker_gives_it(nurse,
     folders = [execute(fault(tmp_path, seed=seed), tmp_path / "results") for seed in (0, 1)]
     assert all((folder / "done.json").exists() for folder in folders)
     assert parents(tmp_path) == [nurse.pid] * 2
+    drawn = [line.split("|")[4] for line in (tmp_path / "executions.log").read_text().splitlines()]
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("what", ["kill kernel", "raise"])
