@@ -198,7 +198,10 @@ def _complete(job: Job, folder: Path, seconds: float) -> None:
     check_left(folder, job.parameters)
     written = folder / "environment.json"
     theirs = json.loads(written.read_text()) if written.exists() else {}
-    write_atomic(written, json.dumps(environment(seconds) | theirs, indent=1))
+    facts = theirs | environment(seconds)
+    # a forked kernel is nobody's child, one of its own may have had more after it left its numbers
+    facts["peak_memory_mib"] = max(each.get("peak_memory_mib", 0) for each in (theirs, facts))
+    write_atomic(written, json.dumps(facts, indent=1))
     (folder / "progress").unlink(missing_ok=True)
     done = {"metrics.json": file_sha256(folder / "metrics.json")}
     write_atomic(folder / "done.json", json.dumps(done, indent=1))

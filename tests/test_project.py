@@ -154,3 +154,13 @@ def test_no_path_of_a_machine_and_no_data_of_others() -> None:
         known = {f["sha256"] for f in json.loads(manifest.read_text())["files"]}
         for path in TRACKED:
             assert hashlib.sha256(path.read_bytes()).hexdigest() not in known, path
+
+
+def test_the_readme_tells_the_speed_that_is_committed() -> None:
+    told, found = (ROOT / "README.md").read_text().splitlines(), 0
+    for path in sorted((ROOT / "results" / "bench").glob("*.json")):
+        for figure in json.loads(path.read_text())["figures"]:
+            lines = [line for line in told if line.startswith(f"{figure['what']}  ")]
+            assert not lines or any(figure["measured"] in line for line in lines), figure["what"]
+            found += bool(lines)
+    assert found > 8

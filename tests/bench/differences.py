@@ -15,7 +15,7 @@ from pruning_bias.files import save
 from pruning_bias.regimes import TaskModel, losses_of, scores_and_deltas
 from pruning_bias.tasks import EncodedTask, TaskBatch
 from pruning_bias.training import adam
-from pruning_bias.vocabulary import occurring
+from pruning_bias.vocabulary import occurring, word_pieces
 
 from .lottery import BATCH, LENGTH, full_length, sentences
 from .measuring import Figure, Part, all_cores, held, median, text
@@ -122,7 +122,7 @@ def measure_differences(part: Part) -> None:
     given, threads = text(), all_cores()
     data: EncodedTask = full_length(given)
     batch = data.batch(np.arange(BATCH))
-    seen = torch.from_numpy(data.ids).long().unique()
+    seen = word_pieces(data)
     ways = {
         "fine-tuning": fine_tuning_step(fresh(), batch),
         "learning": our_step(fresh(), batch, None, False, STEPS),
